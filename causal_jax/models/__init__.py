@@ -1,0 +1,1 @@
+"""Models: the decoder (more to come)."""

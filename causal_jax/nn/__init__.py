@@ -1,0 +1,1 @@
+"""Thin NNX owners of parameters around the pure functions."""

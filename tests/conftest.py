@@ -1,0 +1,23 @@
+"""Eight virtual devices, strict numerics, shapes checked at run time, deterministic property tests."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jaxtyping import install_import_hook
+
+# Every annotation in the package is verified while the tests run; users never pay for it.
+install_import_hook(["causal_jax", "pallas_kernels"], "beartype.beartype").install()
+
+from absl import flags
+from hypothesis import settings
+
+flags.FLAGS.mark_as_parsed()  # grain reads an absl flag outside absl.app.run
+
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("ci")
