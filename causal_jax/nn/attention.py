@@ -1,0 +1,123 @@
+"""Projections and heads around any attention spec, with the key/value cache as a plain value.
+
+    q = rope(norm(x W_q)), k = rope(norm(x W_k)), v = x W_v, y = spec(q, k, v, mask) W_o
+
+Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied), and inside the mechanism `attn.mask`,
+`attn.bias`, `attn.scores`, `attn.pattern`, `attn.z`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from causal_jax import masks
+from causal_jax.attention import AttentionSpec
+from causal_jax.nn.linear import Linear
+from causal_jax.nn.norm import RMSNorm
+from causal_jax.positions import Rotary, rotate
+from causal_jax.shapes import Array, Float, Int
+from causal_jax.taps import OFF, Tap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KV:
+    """Keys and values of G stacked layers: two arrays [G, B, S, K, H]. Slots from `length` on are not yet written."""
+
+    k: Array
+    v: Array
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped keys around one `AttentionSpec`.
+
+    Args:
+        spec: the mechanism; static, hashable.
+        width, heads, kv_heads, head_dim: D, N, K, H.
+        rotary: rotary embedding of queries and keys, or None.
+        qkv_bias, out_bias: biases of the projections.
+        qk_norm: RMS-normalise every query and key head (arXiv 2302.05442).
+        out_scale: multiplies the output projection's standard deviation at the start.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary: Rotary | None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.spec, self.rotary = spec, rotary
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.q = Linear(width, heads * head_dim, bias=qkv_bias, rngs=rngs)
+        self.k = Linear(width, kv_heads * head_dim, bias=qkv_bias, rngs=rngs)
+        self.v = Linear(width, kv_heads * head_dim, bias=qkv_bias, rngs=rngs)
+        self.o = Linear(heads * head_dim, width, bias=out_bias, scale=out_scale, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: masks.Mask,
+        positions: Int[Array, "B T"],
+        tap: Tap = OFF,
+    ) -> Float[Array, "B T D"]:
+        q, k, v = self._project(x, positions, tap)
+        z = self.spec(q, k, v, mask=mask, tap=tap.scope("attn"))
+        return self.o(z.reshape(*x.shape[:2], -1))
+
+    def init_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> KV:
+        """Zeros for `layers` stacked layers and `length` positions."""
+        shape = (layers, batch, length, self.kv_heads, self.head_dim)
+        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        cache: KV,
+        layer: int | Int[Array, ""],
+        *,
+        length: Int[Array, ""],
+        mask: masks.Mask,
+        positions: Int[Array, "B T"],
+        tap: Tap = OFF,
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """Write T new positions into slot `layer` of the cache at `length`, attend to all written ones.
+
+        Only the new positions are written: the stacked arrays travel as a loop's carry and are updated in place.
+        """
+        q, k, v = self._project(x, positions, tap)
+        at = (layer, 0, length, 0, 0)
+        cache = KV(
+            jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
+            jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
+        )
+        keys, values = (
+            jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in (cache.k, cache.v)
+        )
+        offset = jnp.broadcast_to(length, x.shape[:1])
+        z = self.spec(q, keys, values, mask=mask, q_offset=offset, tap=tap.scope("attn"))
+        return self.o(z.reshape(*x.shape[:2], -1)), cache
+
+    def _project(self, x: Array, positions: Array, tap: Tap) -> tuple[Array, Array, Array]:
+        q = self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim)
+        k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
+        return tap("q", q), tap("k", k), tap("v", v)

@@ -1,0 +1,61 @@
+"""Cross-entropy that never holds all logits: a scan over pieces of the time axis, each recomputed in the backward pass."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from causal_jax.shapes import Array, Float, Int
+
+
+def chunked_cross_entropy(
+    h: Float[Array, "B T D"],
+    unembed: Callable[[Array], Array],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+) -> dict[str, Float[Array, ""]]:
+    """Weighted sums over all positions of what a next-token loss needs.
+
+        nll = lse(logits) - logits[target],  lse = log sum exp
+
+    Args:
+        h: final hidden states.
+        unembed: hidden states to float32 logits [B, C, V].
+        targets, weights: ids and their weights (0: no loss here).
+        chunk: positions of the time axis per piece; at most B x chunk x V logits exist at a time. At least T: one piece, kept whole.
+
+    Returns:
+        sums `nll`, `z2` (lse squared, for the z-loss), `correct` (argmax hits), each weighted, and `count` (sum of weights).
+    """
+
+    def sums(h, targets, weights):
+        logits = unembed(h)
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        lse = jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)) + top
+        hit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return {
+            "nll": jnp.sum((lse - hit) * weights),
+            "z2": jnp.sum(jnp.square(lse) * weights),
+            "correct": jnp.sum((hit >= top) * weights),
+        }
+
+    length = h.shape[1]
+    count = jnp.sum(weights)
+    if chunk >= length:
+        return sums(h, targets, weights) | {"count": count}
+
+    pieces = -(-length // chunk)
+    padding = ((0, 0), (0, pieces * chunk - length))
+
+    def cut(x):
+        x = jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]), 1, 0)
+
+    def body(total, piece):
+        return jax.tree.map(jnp.add, total, jax.checkpoint(sums, prevent_cse=False)(*piece)), None
+
+    zero = {name: jnp.zeros((), jnp.float32) for name in ("nll", "z2", "correct")}
+    total, _ = jax.lax.scan(body, zero, (cut(h), cut(targets), cut(weights)))
+    return total | {"count": count}

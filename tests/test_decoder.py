@@ -1,0 +1,268 @@
+"""The decoder: caches equal full passes, layouts equal each other, switches do what they say, taps cost nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from causal_jax.attention import Dense
+from causal_jax.models.decoder import Decoder
+from causal_jax.nn.stack import Segment, segments_of
+from causal_jax.positions import Rotary
+from causal_jax.taps import run, site, sites
+
+TINY = Decoder(vocab=31, layers=3, width=16, heads=4, kv_heads=2, context=32)
+VARIANTS = {
+    "llama": TINY,
+    "gpt2": dataclasses.replace(
+        TINY,
+        kv_heads=0,
+        norm="layer",
+        activation="gelu_tanh",
+        rotary=None,
+        learned_positions=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    ),
+    "neox": dataclasses.replace(
+        TINY, parallel=True, rotary=Rotary(fraction=0.5), norm="layer", tied=False
+    ),
+    "gemma2": dataclasses.replace(
+        TINY,
+        layers=5,
+        post_norm=True,
+        activation="geglu_tanh",
+        attention=(Dense(window=3, soft_cap=50.0), Dense(soft_cap=50.0)),
+        logits_soft_cap=30.0,
+        embed_scale=4.0,
+        head_dim=8,
+    ),
+    "qwen3": dataclasses.replace(TINY, qk_norm=True, qkv_bias=True, scan=False),
+}
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def spec(request):
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(spec):
+    return perturbed(spec.build(jax.random.key(0)))
+
+
+def perturbed(model):
+    """Every parameter away from its special starting value (biases 0, scales 1), so that nothing is tested at a fixed point."""
+    graph, params = nnx.split(model)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+def ids(batch, length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 31, (batch, length)), jnp.int32)
+
+
+def close(a, b, tol=2e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tol, rtol=tol)
+
+
+def test_causal(model):
+    tokens = ids(2, 11)
+    changed = tokens.at[:, 6:].set((tokens[:, 6:] + 1) % 31)
+    close(model(tokens)[:, :6], model(changed)[:, :6], 1e-6)
+    assert np.abs(model(tokens) - model(changed))[:, 6:].max() > 1e-3
+
+
+def test_prefill_and_steps_equal_the_full_pass_at_every_split(model):
+    tokens = ids(2, 9)
+    full = model(tokens)
+    extend = jax.jit(lambda tokens, cache: model.extend(tokens, cache))
+    for split in range(10):
+        cache, parts = model.init_cache(2, 12), []
+        if split:
+            logits, cache = extend(tokens[:, :split], cache)
+            parts.append(logits)
+        for t in range(split, 9):
+            logits, cache = extend(tokens[:, t : t + 1], cache)
+            parts.append(logits)
+        assert int(cache.length) == 9
+        close(jnp.concatenate(parts, 1), full)
+
+
+def test_left_padded_batch_equals_single_rows(model):
+    tokens, pad = ids(3, 8), [0, 3, 6]
+    padded = jnp.stack([jnp.pad(row[: 8 - p], (p, 0)) for row, p in zip(tokens, pad)])
+    cache = model.init_cache(3, 10, start=jnp.asarray(pad))
+    logits, cache = model.extend(padded[:, :7], cache)
+    last, cache = model.extend(padded[:, 7:], cache)
+    logits = jnp.concatenate([logits, last], 1)
+    for row, p, got in zip(tokens, pad, logits):
+        close(got[p:], model(row[None, : 8 - p])[0])
+
+
+def test_packed_documents_equal_documents_alone(model):
+    a, b = ids(1, 5, 1), ids(1, 6, 2)
+    packed = jnp.concatenate([a, b], 1)
+    segments = jnp.asarray([[0] * 5 + [1] * 6])
+    positions = jnp.asarray([[*range(5), *range(6)]])
+    logits = model(packed, segments=segments, positions=positions)
+    close(logits, jnp.concatenate([model(a), model(b)], 1))
+
+
+def test_unstacked_layers_are_the_same_model(model):
+    tokens = ids(2, 7)
+    apart = model.unstacked()
+    assert all(s.repeats == 1 and len(s.specs) == 1 for s in apart.stack.segments)
+    close(apart(tokens), model(tokens))
+    cache = apart.init_cache(2, 8)
+    close(apart.extend(tokens, cache)[0], model(tokens))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(spec, remat):
+    def grads(spec):
+        graph, params = nnx.split(spec.build(jax.random.key(0)))
+        tokens = ids(2, 6)
+        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(tokens)))))(params)
+
+    expected, got = grads(spec), grads(dataclasses.replace(spec, remat=remat))
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), expected, got)
+
+
+def test_every_parameter_receives_a_gradient(model):
+    graph, params = nnx.split(model)
+    tokens = jnp.arange(31, dtype=jnp.int32)[None] % 31
+    grads = jax.grad(lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(tokens))))(params)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(np.asarray(g)).max() > 0, jax.tree_util.keystr(path)
+
+
+class Untapped:
+    """What a model without taps would do, written without `causal_jax.taps`."""
+
+    def __call__(self, name, x):
+        return x
+
+    def wants(self, name):
+        return False
+
+    def scope(self, prefix):
+        return self
+
+    def loop(self, fs, carry, xs, *, axis="layer", length=None, start=0, scan=True, remat=None):
+        assert remat is None
+
+        def body(carry, xs):
+            ys = []
+            for f, x in zip(fs, xs):
+                carry, y = f(carry, x, self)
+                ys.append(y)
+            return carry, tuple(ys)
+
+        if scan:
+            return jax.lax.scan(body, carry, xs)
+        repeats = jax.tree.leaves(xs)[0].shape[0]
+        assert repeats == 1
+        return body(carry, jax.tree.map(lambda a: a[0], xs))
+
+
+def test_taps_off_is_letter_for_letter_the_untapped_program(spec, model):
+    tokens = ids(2, 6)
+    graph, params = nnx.split(model)
+    off = jax.make_jaxpr(lambda p, t: nnx.merge(graph, p)(t))(params, tokens)
+    # beartype checks annotations in the tests, and `Untapped` is not a Tap on purpose: go past the check
+    hidden = type(model).__call__
+    untapped = jax.make_jaxpr(
+        lambda p, t: getattr(hidden, "__wrapped__", hidden)(nnx.merge(graph, p), t)
+    )(params, tokens)
+    assert str(off) == str(untapped)
+
+
+def test_sites_are_those_of_the_contract(spec, model):
+    found = sites(model, ids(2, 6))
+    per_layer = {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act"}
+    per_layer |= {"q", "k", "v", "attn.z"}
+    assert per_layer | {"embed", "final", "logits"} <= set(found)
+    for name in per_layer:
+        assert found[name].shape[0] == spec.layers, name
+
+
+def test_captures_come_in_layer_order(model, spec):
+    tokens = ids(2, 6)
+    _, seen = run(model, tokens, capture=["resid_pre", "resid_post", "embed"])
+    close(seen["resid_pre"][0], seen["embed"])
+    close(seen["resid_pre"][1:], seen["resid_post"][:-1])
+    for layer in range(spec.layers):
+        bad = site("resid_post", layer=layer).add(1.0)
+        _, edited = run(model, tokens, edits=[bad], capture=["resid_post"])
+        delta = np.abs(edited["resid_post"] - seen["resid_post"]).max((1, 2, 3))
+        assert (delta[:layer] == 0).all()
+        assert (delta[layer:] > 0).all()
+
+
+def test_dropout_needs_a_key_and_then_acts():
+    model = dataclasses.replace(TINY, dropout=0.5).build(jax.random.key(0))
+    tokens = ids(2, 6)
+    close(model(tokens), TINY.build(jax.random.key(0))(tokens))
+    a, b = (model(tokens, key=jax.random.key(s)) for s in (1, 2))
+    assert np.abs(a - b).max() > 1e-3
+    close(a, model(tokens, key=jax.random.key(1)))
+
+
+def test_bfloat16_stays_near_float32(spec, model):
+    tokens = ids(2, 16)
+    graph, params = nnx.split(model)
+    half_graph, _ = nnx.split(dataclasses.replace(spec, dtype="bfloat16").build(jax.random.key(0)))
+    got, want = nnx.merge(half_graph, params)(tokens), model(tokens)
+    assert got.dtype == jnp.float32
+    assert np.sqrt(np.mean((got - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
+
+
+def test_nothing_but_parameters(model):
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+def test_counts():
+    spec = dataclasses.replace(TINY, tied=False)
+    n, d, f = 16 * 4 * (4 + 2 + 2 + 4), 16, spec.hidden_width
+    assert spec.param_count() == 2 * 31 * d + 3 * (n + 3 * d * f + 2 * d) + d
+    assert spec.flops_per_token(8) > 6 * (spec.param_count() - 31 * d - 7 * d)
+
+
+def test_segments_of_a_pattern():
+    a, b = Dense(window=4), Dense()
+    assert segments_of([a] * 4) == (Segment(0, (a,), 4),)
+    assert segments_of([a, b] * 3) == (Segment(0, (a, b), 3),)
+    assert segments_of([a, b, a, b, a]) == (Segment(0, (a, b), 2), Segment(4, (a,), 1))
+    assert segments_of([a, a, a, b]) == (Segment(0, (a,), 3), Segment(3, (b,), 1))
+    assert segments_of([a]) == (Segment(0, (a,), 1),)
+    assert len(segments_of([a, a], scan=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": 0}, "layers"),
+        ({"kv_heads": 3}, "kv_heads must divide heads"),
+        ({"width": 18}, "heads must divide width"),
+        ({"attention": ()}, "attention"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"hidden": -1}, "hidden"),
+    ],
+)
+def test_bad_sizes_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **change)
+
+
+def test_a_vocabulary_is_needed():
+    with pytest.raises(ValueError, match="vocab"):
+        Decoder(layers=1, width=8, heads=1).build(jax.random.key(0))
