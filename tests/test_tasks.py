@@ -212,7 +212,7 @@ def test_needle_rows_of_another_tokenizer():
         (lambda: Recall(pairs=40), r"task recall: pairs 40: there are only 32 keys"),
         (lambda: Recall(pairs=16, values=8), r"pairs 16: there are only 8 values"),
         (lambda: Recall(pairs=0), r"pairs 0: at least one"),
-        (lambda: Recall(power=0), r"power 0: .*positive"),
+        (lambda: Recall(power=0.0), r"power 0.0: .*positive"),
         (lambda: Copying(length=31, data=16), r"task copying: length 31: .* 32 or more"),
         (lambda: Copying(data=0), r"data 0"),
         (lambda: Copying(symbols=0), r"symbols 0"),
@@ -244,6 +244,10 @@ def test_the_smallest_and_emptiest():
 def test_parse_makes_a_grid():
     got = parse_tasks("recall:pairs=2/4, length=32/64,noise=true")
     assert got == tuple(Recall(length=t, pairs=p, noise=True) for p in (2, 4) for t in (32, 64))
-    assert parse_tasks("needle:depth=none/0/0.5") == (Needle(), Needle(depth=0), Needle(depth=0.5))
+    assert parse_tasks("needle:depth=none/0/0.5") == (
+        Needle(),
+        Needle(depth=0.0),
+        Needle(depth=0.5),
+    )
     assert parse_tasks("copying") == (Copying(),)
     assert all(isinstance(tasks[name](), Task) for name in tasks.names())
