@@ -1,0 +1,10 @@
+"""Where text comes from. One file per kind; `sources` is the registry."""
+
+from causal_jax.data.sources._base import Source, hold_out, sources
+from causal_jax.data.sources.code import Code
+from causal_jax.data.sources.corpus import Corpus
+from causal_jax.data.sources.task import Task
+from causal_jax.data.sources.text import Text
+from causal_jax.data.sources.tfds import Tfds
+
+__all__ = ["Code", "Corpus", "Source", "Task", "Text", "Tfds", "hold_out", "sources"]

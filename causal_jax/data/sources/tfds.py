@@ -1,0 +1,94 @@
+"""Any text set of tensorflow-datasets by name, read at random from array_record, without TensorFlow."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from causal_jax.data.sources._base import Source, check_split, sources
+from causal_jax.data.tokenizers._base import digest
+from causal_jax.errors import InputError
+
+
+@sources.register("tfds")
+@dataclass(frozen=True)
+class Tfds(Source):
+    """A named set, prepared beforehand in `data_dir` or downloaded on first use.
+
+    Args:
+        name: as in `tfds.builder`: "tiny_shakespeare", "wikitext/wikitext-2-raw" where available,
+            "lm1b", "pg19".
+        data_dir: folder of prepared sets; "" is tensorflow-datasets' own default (or
+            $TFDS_DATA_DIR).
+        field: the text feature.
+        train, validation: splits, sub-splits included ("train[:90%]", "train[90%:]").
+    """
+
+    name: str = ""
+    data_dir: str = ""
+    field: str = "text"
+    train: str = "train"
+    validation: str = "validation"
+
+    def documents(self, split: str) -> Sequence[str]:
+        from causal_jax.data._builders import DocumentSequence
+
+        check_split(split)
+        builder = self.builder()
+        wanted = getattr(self, split)
+        features = builder.info.features
+        if not hasattr(features, "keys") or self.field not in features:
+            has = ", ".join(features) if hasattr(features, "keys") else str(features)
+            raise InputError(f"Tfds.field is {self.field!r}; {self.name} has: {has}")
+        try:
+            records = builder.as_data_source(split=wanted)
+        except NotImplementedError as e:
+            raise InputError(
+                f"Tfds.name = {self.name!r} is prepared in a format without random access ({e}); prepare "
+                'it with tfds.builder(name, file_format="array_record").download_and_prepare()'
+            ) from None
+        except (ValueError, KeyError) as e:
+            has = ", ".join(builder.info.splits)
+            raise InputError(
+                f"Tfds.{split} is {wanted!r}; {self.name} has the splits: {has} ({e})"
+            ) from None
+        return DocumentSequence(records, self.field, f"{self.name}/{wanted}")
+
+    def builder(self) -> Any:
+        """The prepared `tfds.core.DatasetBuilder`."""
+        from causal_jax.data._builders import library
+
+        tfds = library()
+        if not self.name:
+            raise InputError("Tfds.name is empty; give a name such as 'tiny_shakespeare'")
+        place = self.data_dir or None
+        try:
+            builder = tfds.builder(self.name, data_dir=place, file_format="array_record")
+        except tfds.core.registered.DatasetNotFoundError:
+            near = difflib.get_close_matches(
+                self.name, tfds.list_builders(with_community_datasets=False), n=1
+            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            where = f" nor prepared in {self.data_dir!r}" if self.data_dir else ""
+            raise InputError(
+                f"Tfds.name = {self.name!r} is not a set that tensorflow-datasets knows{where}{hint}"
+            ) from None
+        except (ValueError, RuntimeError) as e:
+            raise InputError(f"Tfds.name = {self.name!r}: {e}") from None
+        if not builder.data_path.exists():
+            try:
+                builder.download_and_prepare()
+            except Exception as e:  # the network, the disk, the set's own requirements
+                raise InputError(
+                    f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and could not "
+                    f"be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it where there is a network "
+                    "and give that folder as Tfds.data_dir"
+                ) from None
+        return builder
+
+    def fingerprint(self) -> str:
+        # The documents may be many millions: name, version and the sizes of the shards stand for
+        # them.
+        info = self.builder().info
+        shards = [(s, list(i.shard_lengths), i.num_bytes) for s, i in sorted(info.splits.items())]
+        return digest(info.full_name, self.field, self.train, self.validation, repr(shards))

@@ -1,0 +1,26 @@
+"""Text to ids and back, without loss. One file per kind; `tokenizers` is the registry of specs."""
+
+from causal_jax.data.tokenizers._base import (
+    DecodeStream,
+    Tokenizer,
+    TokenizerSpec,
+    load_tokenizer,
+    tokenizers,
+)
+from causal_jax.data.tokenizers.bpe import BPE, BPETokenizer
+from causal_jax.data.tokenizers.byte import Bytes, ByteTokenizer
+from causal_jax.data.tokenizers.ids import Ids, IdTokenizer
+
+__all__ = [
+    "BPE",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Bytes",
+    "DecodeStream",
+    "IdTokenizer",
+    "Ids",
+    "Tokenizer",
+    "TokenizerSpec",
+    "load_tokenizer",
+    "tokenizers",
+]
