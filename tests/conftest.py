@@ -12,7 +12,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from jaxtyping import install_import_hook
 
 # Every annotation in the package is verified while the tests run; users never pay for it.
-install_import_hook(["causal_jax", "pallas_kernels"], "beartype.beartype").install()
+install_import_hook(["causal_jax", "pallas_kernels"], "beartype.beartype")
 
 from absl import flags
 from hypothesis import settings
