@@ -1,7 +1,8 @@
-"""Text in, batches out: `prepare(Data(source=..., tokenizer=..., context=..., batch=...), folder)`."""
+"""Text in, batches out: `prepare(Data(source=..., tokenizer=..., context=...), folder)`."""
 
+from causal_jax.data.batches import Batches
 from causal_jax.data.pipeline import Data, Prepared, prepare
-from causal_jax.data.sources import Code, Corpus, Source, Task, Text, Tfds, sources
+from causal_jax.data.sources import Code, Corpus, Source, Synthetic, Text, Tfds, sources
 from causal_jax.data.tokenizers import (
     BPE,
     Bytes,
@@ -14,6 +15,7 @@ from causal_jax.data.tokenizers import (
 
 __all__ = [
     "BPE",
+    "Batches",
     "Bytes",
     "Code",
     "Corpus",
@@ -21,7 +23,7 @@ __all__ = [
     "Ids",
     "Prepared",
     "Source",
-    "Task",
+    "Synthetic",
     "Text",
     "Tfds",
     "Tokenizer",

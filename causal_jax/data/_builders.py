@@ -1,4 +1,4 @@
-"""The embedded texts as tensorflow-datasets builders: written once as array_record, read without TensorFlow."""
+"""The embedded texts as tensorflow-datasets builders: array_record, without TensorFlow."""
 
 import contextlib
 import io
@@ -58,7 +58,7 @@ def embedded(name: str, about: str, key: str, splits: dict[str, list[tuple[str, 
     """
     tfds = library()
 
-    class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
         # Nothing is downloaded, so there are no checksums to look for beside the code (and the
         # search needs a package that tensorflow-datasets does not declare).

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from causal_jax.errors import InputError
 
+LAYOUT = "v1"  # another one whenever the code would make something else of the same name
+
 
 def cache_folder() -> Path:
     """`$CAUSAL_JAX_CACHE`, or `~/.cache/causal_jax`."""
@@ -25,7 +27,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     Raises:
         InputError: the cache cannot be written (no permission, disk full).
     """
-    final = cache_folder() / name
+    final = cache_folder() / LAYOUT / name
     if final.is_dir():
         return final
     try:

@@ -45,7 +45,7 @@ def token_streams(source: Source, fingerprint: str, tokenizer: Tokenizer) -> dic
 
 def coded(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Each non-empty document with its marks."""
-    before, after = np.int32([tokenizer.bos]), np.int32([tokenizer.eos])
+    before, after = np.array([tokenizer.bos], np.int32), np.array([tokenizer.eos], np.int32)
     texts = (text for text in documents if text)
     for chunk in iter(lambda: list(itertools.islice(texts, CHUNK)), []):
         for ids in tokenizer.encode_documents(chunk):

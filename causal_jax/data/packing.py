@@ -1,5 +1,4 @@
-"""Documents to rows of one length: which (token, target) pairs share a row, and who belongs to
-whom.
+"""Documents to rows of one length: which (token, target) pairs share a row, and who belongs where.
 
 A document of tokens t1..tn is stored as bos t1 .. tn eos and makes n+1 pairs
 
@@ -7,14 +6,12 @@ A document of tokens t1..tn is stored as bos t1 .. tn eos and makes n+1 pairs
     target  t1   t2  t3 ..  eos
 
 so every token and every eos is a target exactly once (bos never), first tokens included, and no
-target lies in another document. A packing decides which row a pair comes to stand in; it never
+target lies in another document. A packing decides in which row a pair comes to stand; it never
 drops or repeats one.
 
-    concat   pairs of all documents in one line, cut every `context` pairs; only the last row has
-    padding. fit      whole documents, each into the fullest row that still holds it (best fit,
-    longest first); a
-             document longer than a row is first cut into rows. Documents stay whole, rows have
-             some padding.
+    concat   all pairs in one line, cut every `context` pairs; only the last row has padding
+    fit      whole documents, longest first, each into the fullest row that still holds it (best
+             fit); one longer than a row is cut into rows first. Every row may have some padding
 
 A row is a dict of tokens, targets, weights (1 for a pair, 0 for padding), segments (number of the
 document inside the row, -1 for padding) and positions (from 0 in every segment). A document
@@ -24,6 +21,7 @@ to.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,41 +70,42 @@ class ConcatRows(Sequence[Row]):
             raise ValueError(f"stride is {stride}; from 1 to the context {context}")
         # Document i's pairs begin at starts[i] - i: one pair fewer than tokens per document before
         # it.
-        self._first = stream.starts - np.arange(len(stream.starts))
+        self._first = stream.starts - np.arange(stream.documents + 1)
 
     def __len__(self) -> int:
         behind = max(self.stream.pairs - self.context, 0)
         return 1 + -(-behind // self.stride) if self.stream.pairs else 0
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.row(index)
+        return {name: value[0] for name, value in self.batch([index]).items()}
 
-    def row(self, index: int, shift: int = 0) -> Row:
-        """Row `index` when all the cuts are moved `shift` pairs back and the line is closed to a
-        ring.
+    def batch(self, indices: Sequence[int], shifts: Sequence[int] | None = None) -> Row:
+        """Rows `indices` as one batch.
 
-        Whatever the shift, rows 0..len-1 together hold every pair once; only with stride ==
-        context.
+        Args:
+            indices: numbers of rows.
+            shifts: for each row, move all cuts so many pairs back and close the line to a ring.
+                Whatever the shift, rows 0..len-1 of one shift together hold every pair once. Only
+                with stride == context.
         """
-        pairs, n = index * self.stride + np.arange(self.context), self.stream.pairs
-        if shift:
-            pairs = (pairs - shift) % (len(self) * self.context)
+        n, index = self.stream.pairs, np.asarray(indices)[:, None]
+        pairs = index * self.stride + np.arange(self.context)
+        if shifts is not None:
+            pairs = (pairs - np.asarray(shifts)[:, None]) % (len(self) * self.context)
         held = pairs < n
         pairs = np.where(held, pairs, 0)
         document = np.searchsorted(self._first, pairs, side="right") - 1
-        at = pairs + document
         new = np.ones(
-            self.context, bool
-        )  # a pair that does not follow its neighbour begins a segment
-        new[1:] = (document[1:] != document[:-1]) | (pairs[1:] != pairs[:-1] + 1)
-        weights = held.astype(np.float32)
-        if index and self.stride < self.context:
-            weights[: self.context - self.stride] = 0
-        return _row(self.stream.tokens, at, new, held, weights)
+            pairs.shape, bool
+        )  # a pair that does not follow its neighbour opens a segment
+        new[:, 1:] = (document[:, 1:] != document[:, :-1]) | (pairs[:, 1:] != pairs[:, :-1] + 1)
+        before = self.context - self.stride  # pairs that the row before has counted
+        counted = held & ((index == 0) | (np.arange(self.context) >= before))
+        return _fill(self.stream.tokens, pairs + document, new, held, counted)
 
 
 class FitRows(Sequence[Row]):
@@ -121,30 +120,32 @@ class FitRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = np.zeros(self.context, np.int64)
         new, held = np.zeros(self.context, bool), np.zeros(self.context, bool)
         end = 0
         for piece in self._rows[index]:
-            begin, n = self._begins[piece], self._lengths[piece]
-            at[end : end + n] = np.arange(begin, begin + n)
+            begin, n = int(self._begins[piece]), int(self._lengths[piece])
+            at[end : end + n] = begin + np.arange(n)
             new[end], held[end : end + n] = True, True
             end += n
-        return _row(self.stream.tokens, at, new, held, held.astype(np.float32))
+        return _fill(self.stream.tokens, at, new, held, held)
 
 
-def _row(tokens: np.ndarray, at: np.ndarray, new: np.ndarray, held: np.ndarray, weights) -> Row:
+def _fill(
+    tokens: np.ndarray, at: np.ndarray, new: np.ndarray, held: np.ndarray, counted: np.ndarray
+) -> Row:
+    """Arrays of a row or batch whose slots hold the pair at `at`; `new` where a segment begins."""
     new = new & held
-    segments = np.where(held, np.cumsum(new) - 1, -1)
-    slots = np.arange(len(at))
-    began = np.maximum.accumulate(np.where(new, slots, 0))
+    slots = np.broadcast_to(np.arange(at.shape[-1]), at.shape)
+    began = np.maximum.accumulate(np.where(new, slots, 0), axis=-1)
     return {
         "tokens": np.where(held, tokens[at], 0).astype(np.int32),
         "targets": np.where(held, tokens[at + 1], 0).astype(np.int32),
-        "weights": weights,
-        "segments": segments.astype(np.int32),
+        "weights": counted.astype(np.float32),
+        "segments": np.where(held, np.cumsum(new, axis=-1) - 1, -1).astype(np.int32),
         "positions": np.where(held, slots - began, 0).astype(np.int32),
     }
 
@@ -155,8 +156,8 @@ def pieces(
     """Where each piece begins in the stream and how many pairs it has: documents, long ones cut."""
     pairs = np.diff(starts) - 1
     per = np.maximum(-(-pairs // context), 0)  # pieces of each document
-    document = np.repeat(np.arange(len(pairs)), per)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(per) - per, per)
+    document = np.repeat(np.arange(pairs.size), per)
+    number = np.arange(document.size) - np.repeat(np.cumsum(per) - per, per)
     begins = starts[document] + number * context
     return begins, np.minimum(pairs[document] - number * context, context)
 

@@ -1,4 +1,4 @@
-"""What a source is: training and held-out documents, in a fixed order, with a fingerprint of their content."""
+"""What a source is: training and held-out documents in a fixed order, and their fingerprint."""
 
 import hashlib
 from collections.abc import Sequence

@@ -50,7 +50,7 @@ class Code(Source):
         return DocumentSequence(records, "text", f"code/{split}")
 
     def builder(self):
-        """The prepared `tfds.core.DatasetBuilder` (splits train, validation; features title, text)."""
+        """The prepared `tfds.core.DatasetBuilder`: splits train, validation; title, text."""
         from causal_jax.data._builders import embedded
 
         names, texts = modules(int(self.megabytes * 1e6))

@@ -42,7 +42,7 @@ class Corpus(Source):
         return DocumentSequence(records, "text", f"corpus/{split}")
 
     def builder(self):
-        """The prepared `tfds.core.DatasetBuilder` (splits train, validation; features title, text)."""
+        """The prepared `tfds.core.DatasetBuilder`: splits train, validation; title, text."""
         from causal_jax.data._builders import embedded
 
         train, held = hold_out(chapters(), self.held_out)

@@ -1,43 +1,65 @@
-"""A synthetic task as a source: rows of ids made on demand, no text and no tokenizer to train."""
+"""A synthetic task as a source: rows of ids made on demand, no text to read or tokenise."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from causal_jax.data.sources._base import Source, sources
-from causal_jax.data.tokenizers._base import digest
+from causal_jax.data.tasks._base import Task
+from causal_jax.data.tasks.recall import Recall
+from causal_jax.data.tokenizers._base import TokenizerSpec, digest
+from causal_jax.data.tokenizers.byte import Bytes
+from causal_jax.data.tokenizers.ids import Ids
 from causal_jax.errors import InputError
 
-HELD_OUT_SEED = 0x5EED  # added to the data's seed: validation rows come from another stream
+# Seeds of training end below 2**31: validation rows come from a stream that no run trains on.
+HELD_OUT_SEED = (1 << 31) + 1
 
 
 @sources.register("task")
 @dataclass(frozen=True)
-class Task(Source):
-    """Endless training rows of a generator of `causal_jax.data.tasks`, and a fixed number to
-    validate on.
+class Synthetic(Source):
+    """Endless training rows of a task, and a fixed number of other rows to validate on.
 
     Args:
-        task: a frozen dataclass with `vocab`, `length` and `sample(seed, index) -> {"tokens",
-            "targets", "weights"}`, each of `length` entries.
-        validation_rows: size of the validation split.
+        task: a task of `causal_jax.data.tasks`.
+        validation_rows: size of the validation split, the same rows whatever the run's seed.
     """
 
-    task: Any = None
+    task: Task = field(default_factory=Recall)
     validation_rows: int = 256
 
     def __post_init__(self):
-        missing = [n for n in ("sample", "vocab", "length") if not hasattr(self.task, n)]
-        if missing:
-            raise InputError(
-                f"Task.task is {self.task!r}, which has no {', '.join(missing)}; give a task such as Recall()"
-            )
+        if not isinstance(self.task, Task):
+            raise InputError(f"Synthetic.task is {self.task!r}; give a task such as Recall()")
         if self.validation_rows < 1:
-            raise InputError(f"Task.validation_rows is {self.validation_rows}; at least 1")
+            raise InputError(f"Synthetic.validation_rows is {self.validation_rows}; at least 1")
 
     def documents(self, split: str) -> Sequence[str]:
         raise InputError("source task: a task makes rows of ids, it has no text documents")
 
     def fingerprint(self) -> str:
-        task = [f"{f.name}={getattr(self.task, f.name)!r}" for f in fields(self.task)]
-        return digest(type(self.task).__qualname__, *task, str(self.validation_rows))
+        dials = [f"{f.name}={getattr(self.task, f.name)!r}" for f in fields(self.task)]
+        return digest(type(self.task).__qualname__, *dials, str(self.validation_rows))
+
+    def tokenizer(self) -> TokenizerSpec:
+        """Bytes where the task is text, else numbers."""
+        return Bytes() if self.task.textual else Ids(self.task.vocab)
+
+
+class TaskRows(Sequence[dict[str, np.ndarray]]):
+    """Rows of one stream of a task: as good as endless to train on, or the held-out ones."""
+
+    def __init__(self, source: Synthetic, seed: int | None):
+        self._task = source.task
+        self._seed = HELD_OUT_SEED if seed is None else seed
+        self._length = source.validation_rows if seed is None else sys.maxsize // 2
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._task.sample(self._seed, index)

@@ -1,4 +1,4 @@
-"""Text of your own: a file, a folder, a pattern, or JSON lines. UTF-8, byte for byte as it stands."""
+"""Text of your own: a file, a folder, a pattern, or JSON lines; UTF-8, byte for byte."""
 
 import glob
 import json
@@ -41,7 +41,8 @@ class Text(Source):
         check_fraction("Text.held_out", self.held_out)
         if self.validation and self.held_out != 0.1:
             raise InputError(
-                f"Text.held_out is {self.held_out} and Text.validation is {self.validation!r}; give one"
+                f"Text.held_out is {self.held_out} and Text.validation is {self.validation!r}; "
+                "give one of them"
             )
 
     def documents(self, split: str) -> Sequence[str]:
@@ -90,13 +91,13 @@ class Text(Source):
 
 
 def decoded(data: bytes, where: str) -> str:
-    """UTF-8 text of `data`, or an InputError naming the file and the offset of the first bad byte."""
+    """UTF-8 text of `data`, or an InputError naming file and offset of the first bad byte."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise InputError(
-            f"{where}: not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}; convert the file to "
-            "UTF-8, or leave it out (Text.pattern picks the files of a folder)"
+            f"{where}: not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}; convert the file "
+            "to UTF-8, or leave it out (Text.pattern picks the files of a folder)"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Any text set of tensorflow-datasets by name, read at random from array_record, without TensorFlow."""
+"""Any text set of tensorflow-datasets by name, from array_record, without TensorFlow."""
 
 import difflib
 from collections.abc import Sequence
@@ -44,8 +44,8 @@ class Tfds(Source):
             records = builder.as_data_source(split=wanted)
         except NotImplementedError as e:
             raise InputError(
-                f"Tfds.name = {self.name!r} is prepared in a format without random access ({e}); prepare "
-                'it with tfds.builder(name, file_format="array_record").download_and_prepare()'
+                f"Tfds.name = {self.name!r} is prepared without random access ({e}); "
+                'prepare it anew with tfds.builder(name, file_format="array_record")'
             ) from None
         except (ValueError, KeyError) as e:
             has = ", ".join(builder.info.splits)
@@ -71,7 +71,7 @@ class Tfds(Source):
             hint = f"; did you mean {near[0]!r}?" if near else ""
             where = f" nor prepared in {self.data_dir!r}" if self.data_dir else ""
             raise InputError(
-                f"Tfds.name = {self.name!r} is not a set that tensorflow-datasets knows{where}{hint}"
+                f"Tfds.name = {self.name!r} is no set that tensorflow-datasets knows{where}{hint}"
             ) from None
         except (ValueError, RuntimeError) as e:
             raise InputError(f"Tfds.name = {self.name!r}: {e}") from None
@@ -80,9 +80,9 @@ class Tfds(Source):
                 builder.download_and_prepare()
             except Exception as e:  # the network, the disk, the set's own requirements
                 raise InputError(
-                    f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and could not "
-                    f"be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it where there is a network "
-                    "and give that folder as Tfds.data_dir"
+                    f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and "
+                    f"could not be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it "
+                    "where there is a network and give that folder as Tfds.data_dir"
                 ) from None
         return builder
 

@@ -20,7 +20,7 @@ META = "tokenizer.json"
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 bytes of `text`; a lone surrogate, which has none, is an InputError naming its place."""
+    """UTF-8 bytes of `text`; a lone surrogate, which has none, is refused with its place."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -89,7 +89,7 @@ class Tokenizer:
         return DecodeStream(self.pieces)
 
     def piece_bytes(self) -> Int[np.ndarray, "V"]:
-        """UTF-8 bytes that each id stands for (0 for special ids): nats per token become bits per byte."""
+        """UTF-8 bytes that each id stands for, 0 for special ids."""
         return np.array([len(p) for p in self.pieces], np.int32)
 
     def fingerprint(self) -> str:
@@ -101,7 +101,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer into `folder`, complete: `load_tokenizer(folder)` needs nothing else."""
+        """Write the whole tokenizer into `folder`; `load_tokenizer(folder)` needs nothing else."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         spec = self.spec()
@@ -159,7 +159,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def digest(*parts: bytes | str) -> str:
-    """sha256 over the parts, each preceded by its length, so that no two lists collide by joining."""
+    """sha256 over the parts, each preceded by its length, so that no two lists collide."""
     h = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

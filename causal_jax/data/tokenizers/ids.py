@@ -1,4 +1,4 @@
-"""The tokenizer of number sequences: "3 17 5" is three tokens. Synthetic tasks are written in it."""
+"""The tokenizer of number sequences, for synthetic tasks: "3 17 5" is three tokens."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from causal_jax.shapes import Int
 
 
 class IdTokenizer(Tokenizer):
-    """Decimal numbers, each written with a space after it; there are no marks (bos and eos are None)."""
+    """Decimal numbers, each with a space after it; no marks (bos and eos are None)."""
 
     def __init__(self, vocab: int):
         self.pieces = tuple(f"{i} ".encode() for i in range(vocab))
