@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class DecodeStream:
         self._pieces = pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsInt) -> str:
         """The text that became complete with this token (perhaps none: "")."""
         return self._decoder.decode(self._pieces[int(token)])
 
@@ -80,7 +80,7 @@ class Tokenizer:
         """`encode` of each text; a subclass may do them in parallel."""
         return [self.encode(t) for t in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Text of the ids; special ids are silent, bytes that are not UTF-8 come out as U+FFFD."""
         return b"".join(self.pieces[int(i)] for i in ids).decode("utf-8", errors="replace")
 
