@@ -1,1 +1,1 @@
-"""What the training loop is made of."""
+"""What `causal_jax.train` is made of: recipe, state, step, optimizers, sharding, checkpoints, report."""

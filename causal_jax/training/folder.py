@@ -1,0 +1,117 @@
+"""The run folder: one run, one folder, one process that writes to it.
+
+config.json      the resolved recipe            tokenizer/       saved by the data
+checkpoints/     the state (orbax)              metrics.jsonl    one record per report
+log.txt          what was printed               loss.png         drawn at the end
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from causal_jax.config import differences, from_json, to_json
+from causal_jax.errors import InputError
+from causal_jax.training.recipe import MAY_CHANGE, Recipe
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it for this run; the hold ends with the process, however it ends.
+
+    Raises:
+        InputError: it cannot be made or written to, or another run holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    except OSError as e:
+        raise InputError(
+            f"workdir {folder} cannot be written to ({e.strerror}); choose another --config.workdir"
+        ) from e
+    with handle:
+        _hold(handle, folder)
+        yield
+
+
+def _hold(handle: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on this system: two runs in one folder are then the user's care
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        handle.seek(0)
+        raise InputError(
+            f"workdir {folder} is in use by another run ({handle.read().strip()}); wait for it, stop "
+            "it, or choose another --config.workdir"
+        ) from e
+    except OSError:  # a file system without locks
+        return
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+    handle.flush()
+
+
+def saved_config(folder: Path) -> dict[str, Any] | None:
+    """The JSON of the recipe the run began with, or None for a new run.
+
+    Raises:
+        InputError: it is there and cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{path} cannot be read ({e}). It says what the checkpoints beside it are: put it back, "
+            "or choose another --config.workdir"
+        ) from e
+
+
+def check_unchanged(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run with another recipe, fields in `MAY_CHANGE` excepted.
+
+    Both sides are resolved first, so a run folder of an older version that lacks a field is
+    compared by that field's default.
+
+    Raises:
+        InputError: naming every such field, both values and the remedy.
+    """
+    before = to_json(from_json(saved))
+    found = [
+        d
+        for d in differences(before, to_json(recipe))
+        if not any(d[0] == name or d[0].startswith(name + ".") for name in MAY_CHANGE)
+    ]
+    if found:
+        lines = "\n".join(f"  {f}: the run has {_short(a)}, now {_short(b)}" for f, a, b in found)
+        raise InputError(
+            f"the run in {folder} was begun with other settings:\n{lines}\nKeep the old values to "
+            "continue it, or begin another run with --config.workdir NEW_FOLDER"
+        )
+
+
+def write_config(folder: Path, recipe: Recipe) -> None:
+    """config.json, replaced in one move."""
+    if jax.process_index() != 0:
+        return
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(to_json(recipe), indent=1) + "\n")
+    part.replace(folder / "config.json")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

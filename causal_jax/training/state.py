@@ -1,0 +1,90 @@
+"""The training state: a dict of arrays that is everything a run needs to go on.
+
+    {"step": int32 [], "params": nnx.State, "opt": optax state, "ema": nnx.State (if averaged)}
+
+Parameters, moments and averages are float32 whatever the model computes in.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from causal_jax.models._base import ModelSpec
+from causal_jax.training.sharding import state_shardings
+
+State = dict[str, Any]
+
+
+def graph_of(spec: ModelSpec) -> nnx.GraphDef:
+    """The model without its parameters; `nnx.merge(graph, params)` makes it whole. Allocates nothing."""
+    model = nnx.eval_shape(lambda: spec.build(jax.random.key(0)))
+    graph, params = nnx.split(model)
+    others = [v for _, v in nnx.to_flat_state(params) if not isinstance(v, nnx.Param)]
+    if others:
+        raise ValueError(f"a model holds parameters only, found {type(others[0]).__name__}")
+    return graph
+
+
+def init_state(
+    spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False
+) -> State:
+    """A state at step 0. Pure: trace it to get shapes, jit it to make it sharded from the start."""
+    params = nnx.split(spec.build(key))[1]
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params)}
+    return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
+
+
+def abstract_state(
+    spec: ModelSpec,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+    rules: tuple = (),
+) -> tuple[State, list[str]]:
+    """The state as shapes, dtypes and shardings; nothing is allocated.
+
+    Returns:
+        (tree of ShapeDtypeStruct with sharding, dimensions that could not be split).
+    """
+    shapes = jax.eval_shape(lambda key: init_state(spec, tx, key, ema=ema), jax.random.key(0))
+    shardings, kept = state_shardings(mesh, shapes, rules)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )
+    return abstract, kept
+
+
+def shardings_of(abstract: State) -> Any:
+    """The shardings alone."""
+    return jax.tree.map(lambda a: a.sharding, abstract)
+
+
+def new_state(
+    spec: ModelSpec, tx: optax.GradientTransformation, abstract: State, seed: int
+) -> State:
+    """The state at step 0, every array made where it belongs; the same values on every mesh."""
+
+    def init(key: jax.Array) -> State:
+        return init_state(spec, tx, key, ema="ema" in abstract)
+
+    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
+
+
+def averaged(state: State) -> Any:
+    """The parameters to validate, sample and evaluate with: the average where there is one."""
+    return state.get("ema", state["params"])
+
+
+def param_count(state: State) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+
+
+def size_in_bytes(state: State) -> int:
+    """Bytes of the whole (abstract or real) state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
