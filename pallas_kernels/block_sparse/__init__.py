@@ -1,0 +1,5 @@
+"""Exact attention over the live tiles of a mask: tiles that allow nothing are never computed."""
+
+from pallas_kernels.block_sparse.xla import Schedule, Tiles, block_sparse_attention
+
+__all__ = ["Schedule", "Tiles", "block_sparse_attention"]

@@ -1,0 +1,412 @@
+"""Block-sparse softmax attention in plain XLA: fast on any backend, memory linear in the length.
+
+For every tile of queries the live tiles of keys are visited one after another (online softmax):
+
+    s = cap(scale q k^T) + bias                          -inf where the mask says no
+    m' = max(m, rowmax s)      p = exp(s - m')           d = exp(m - m')
+    l = d l + rowsum p         a = d a + p v
+    o = a / l                  lse = m + log l
+
+and the backward pass visits the same tiles again, recomputing p = exp(s - lse):
+
+    ds = p (do v^T - delta)    delta = rowsum(do o) - dlse
+    dq += ds k                 dk += ds^T q              dv += p^T do
+
+Dead tiles cost nothing, full tiles run without mask code, partial tiles evaluate the mask function
+on their own indices. The loops are `while` loops with bounds read from the schedule, so the program
+is small and the same whether the schedule was known on the host or computed on the device.
+
+A mask is anything callable as `mask(b, h, i, j) -> bool` that is a pytree. Non-finite numbers in
+keys or values that a query may not attend to never reach it, nor its gradients; one that it does
+attend to gives NaN. Reverse-mode differentiation only (custom_vjp).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+FULL = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the work.
+
+    Attributes:
+        block_q, block_k: queries and keys per tile (clipped to the lengths).
+        entries: scores computed at once (batch x heads x tile); 0: all batch rows and heads.
+    """
+
+    block_q: int = 512
+    block_k: int = 512
+    entries: int = 0
+
+    def __post_init__(self):
+        if self.block_q < 1 or self.block_k < 1 or self.entries < 0:
+            raise ValueError(f"tile sizes must be positive, got {self}")
+
+    def clip(self, queries: int, keys: int) -> "Tiles":
+        """The same, no larger than the problem."""
+        return Tiles(min(self.block_q, queries), min(self.block_k, keys), self.entries)
+
+
+class Schedule(NamedTuple):
+    """Live tiles of each query tile: `idx[.., :full]` are full, `idx[.., full:count]` partial.
+
+    The first two axes may be 1: the same for every batch row, every query head. numpy arrays if it
+    is known on the host, else jax arrays.
+    """
+
+    full: Any  # [B|1, N|1, nq] int32
+    count: Any  # [B|1, N|1, nq] int32
+    idx: Any  # [B|1, N|1, nq, P] int32
+
+    @classmethod
+    def build(cls, cnt: Any, idx: Any, kind: Any) -> "Schedule":
+        """From lists of live tiles: `cnt` valid entries of `idx`, `kind` 2 where full, else 1.
+
+        A tile that hangs over the last key must not be called full.
+        """
+        xp: Any = np if all(isinstance(x, np.ndarray) for x in (cnt, idx, kind)) else jnp
+        live = xp.arange(idx.shape[-1])[None, None, None] < cnt[..., None]
+        full = live & (kind == FULL)
+        order = xp.argsort(xp.where(full, 0, xp.where(live, 1, 2)), axis=-1, stable=True)
+        idx = xp.take_along_axis(idx, order, axis=-1)
+        return cls(full.sum(-1).astype(np.int32), cnt.astype(np.int32), idx.astype(np.int32))
+
+    def has(self) -> tuple[bool, bool]:
+        """(some full tiles, some partial tiles); True where it is not known on the host."""
+        if not isinstance(self.full, np.ndarray):
+            return True, True
+        return bool(self.full.any()), bool((self.count > self.full).any())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """All that is static. Three axes: batch rows B, kv heads K, query heads per kv head G."""
+
+    scale: float
+    soft_cap: float | None
+    block_q: int
+    block_k: int
+    keys: int
+    sizes: tuple[int, int, int]  # B, K, G
+    unit: tuple[int, int, int]  # how many of each are worked on at once
+    has: tuple[bool, bool]  # full tiles, partial tiles
+    upcast: bool  # multiply in float32 (CPU), else in the arrays' own type with float32 sums
+
+
+def block_sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Any,
+    schedule: Schedule,
+    *,
+    scale: float,
+    bias: jax.Array | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    q_offset: Any = 0,
+    tiles: Tiles = Tiles(),
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over the live tiles of a mask.
+
+    Args:
+        q: [B, T, N, H]. k: [B, S, K, H]. v: [B, S, K, H']. Query head h reads kv head h // (N / K).
+        mask: callable pytree, `mask(b, h, i, j) -> bool` on broadcastable absolute indices.
+        schedule: the live tiles of this mask at this offset for `tiles.clip(T, S)`.
+        scale: factor on q k^T.
+        bias: [B|1, N|1, T, S], added after the soft cap.
+        soft_cap: s -> soft_cap tanh(s / soft_cap).
+        sinks: [N] logits of a virtual key without value.
+        q_offset: int or [B], absolute index of the first query.
+        tiles: sizes of the work.
+
+    Returns:
+        o [B, T, N, H'] in v's dtype and lse [B, T, N] in float32, both differentiable; 0 and -inf
+        where nothing may be attended.
+    """
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    G, tiles = N // K, tiles.clip(T, S)
+    bq, bk = tiles.block_q, tiles.block_k
+    cfg = _Config(
+        scale=float(scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        block_q=bq,
+        block_k=bk,
+        keys=S,
+        sizes=(B, K, G),
+        unit=_unit((B, K, G), bq * bk, tiles.entries, schedule),
+        has=schedule.has(),
+        upcast=jax.default_backend() == "cpu",
+    )
+    if bias is not None:
+        heads = (K, G) if bias.shape[1] > 1 else (1, 1)
+        bias = _pad(_pad(bias.reshape(bias.shape[0], *heads, T, S), 3, bq), 4, bk)
+    o, lse = _attend(  # pyright: ignore[reportGeneralTypeIssues]
+        cfg,
+        _pad(q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4), 3, bq),
+        _pad(k.transpose(0, 2, 1, 3), 2, bk),
+        _pad(v.transpose(0, 2, 1, 3), 2, bk),
+        bias,
+        None if sinks is None else sinks.astype(_sum_type(q)).reshape(1, K, G),
+        mask,
+        Schedule(*(jnp.asarray(x) for x in schedule)),
+        jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,)),
+    )
+    o = o[..., :T, :].transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
+    return o, lse[..., :T].transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def _unit(sizes, tile: int, entries: int, schedule: Schedule) -> tuple[int, int, int]:
+    """How many batch rows, kv heads and query heads per kv head share one set of loops."""
+    B, K, G = sizes
+    if schedule.full.shape[1] > 1:  # every query head has its own list
+        return 1, 1, 1
+    rows = 1 if schedule.full.shape[0] > 1 else B
+    if not entries:
+        return rows, K, G
+    room = max(1, entries // (tile * G))
+    if room < K:
+        return 1, max(d for d in range(1, room + 1) if K % d == 0), G
+    return max(d for d in range(1, min(rows, room // K) + 1) if rows % d == 0), K, G
+
+
+def _sum_type(x):
+    return jnp.promote_types(jnp.float32, x.dtype)
+
+
+def _dot(spec: str, a, b) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=_sum_type(a))
+
+
+def _pad(x, axis: int, multiple: int):
+    extra = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, extra * (a == axis)) for a in range(x.ndim)]) if extra else x
+
+
+def _take(x: Any, starts, sizes) -> Any:
+    """A block of x; an axis of size 1 is shared, an axis taken whole is not sliced."""
+    if x is None:
+        return None
+    for axis, (start, size) in enumerate(zip(starts, sizes)):
+        if x.shape[axis] not in (1, size):
+            x = lax.dynamic_slice_in_dim(x, start, size, axis)
+    return x
+
+
+def _put(x, part, starts):
+    """x with a block overwritten."""
+    starts = (*starts, *(0,) * (x.ndim - len(starts)))
+    starts = [jnp.asarray(s if n > 1 else 0, jnp.int32) for s, n in zip(starts, x.shape)]
+    return lax.dynamic_update_slice(x, part.astype(x.dtype), starts)
+
+
+def _add(x, part, starts):
+    """x with a block added; an axis that x shares is summed over."""
+    shared = tuple(a for a, n in enumerate(x.shape) if n == 1 and part.shape[a] > 1)
+    part = part.sum(shared, keepdims=True) if shared else part
+    return _put(x, _take(x, starts, part.shape) + part, starts)
+
+
+def _clean(x):
+    """(x with a vector of zeros where one is not finite, 0 or NaN per vector)."""
+    flag = jnp.where(jnp.isfinite(x).all(-1), 0.0, jnp.nan).astype(x.dtype)
+    return jnp.where(jnp.isnan(flag)[..., None], 0, x), flag
+
+
+def _over_units(cfg: _Config, body, carry) -> Any:
+    """`carry = body(at, carry)` unit by unit; `at`: first batch row, kv head, head in the group."""
+    counts = tuple(n // u for n, u in zip(cfg.sizes, cfg.unit))
+    if math.prod(counts) == 1:  # nothing is sliced along batch and heads: they may be sharded
+        return body((0, 0, 0), carry)
+
+    def turn(n, carry):
+        at = n // (counts[1] * counts[2]), n // counts[2] % counts[1], n % counts[2]
+        return body(tuple(x * u for x, u in zip(at, cfg.unit)), carry)
+
+    return lax.fori_loop(0, math.prod(counts), turn, carry)
+
+
+def _over_tiles(cfg: _Config, schedule: Schedule, at, row: int, step, state):
+    """`state = step(partial, j0, state)` for the live tiles of a row: full ones, then partial."""
+    b = at[0] if schedule.full.shape[0] > 1 else 0
+    h = at[1] * cfg.sizes[2] + at[2] if schedule.full.shape[1] > 1 else 0
+    full, count, idx = (x[b, h, row] for x in schedule)
+
+    def visit(partial, n, state):
+        return step(partial, idx[n] * cfg.block_k, state)
+
+    if cfg.has[0]:
+        state = lax.fori_loop(0, full, functools.partial(visit, False), state)
+    if cfg.has[1]:
+        state = lax.fori_loop(full, count, functools.partial(visit, True), state)
+    return state
+
+
+class _Unit:
+    """What forward and backward share for one unit of work: operands, scores and mask of a tile."""
+
+    def __init__(self, cfg: _Config, mask, offset, at):
+        self.cfg, self.mask, self.at = cfg, mask, at
+        ub, uk, ug = cfg.unit
+        self.b = (at[0] + jnp.arange(ub))[:, None, None, None]
+        h = (at[1] + jnp.arange(uk))[:, None] * cfg.sizes[2] + (at[2] + jnp.arange(ug))[None]
+        self.h = h.reshape(1, -1, 1, 1)
+        self.first = lax.dynamic_slice_in_dim(offset, at[0], ub)[:, None, None, None]
+
+    def queries(self, x, i0) -> Any:
+        return self._operand(_take(x, (*self.at, i0), (*self.cfg.unit, self.cfg.block_q)))
+
+    def keys(self, x, j0) -> Any:
+        return self._operand(_take(x, (*self.at[:2], j0), (*self.cfg.unit[:2], self.cfg.block_k)))
+
+    def _operand(self, x):
+        return x.astype(_sum_type(x)) if self.cfg.upcast else x
+
+    def scores(self, q, k, bias, i0, j0):
+        """(s, ds / d(scale q k^T) or None) of a tile [b, k, g, bq, bk], before the mask."""
+        cfg = self.cfg
+        s, slope = _dot("bkgqh,bksh->bkgqs", q, k) * cfg.scale, None
+        if cfg.soft_cap is not None:
+            t = jnp.tanh(s / cfg.soft_cap)
+            s, slope = cfg.soft_cap * t, 1 - t * t
+        if bias is not None:
+            bias = _take(bias, (*self.at, i0, j0), (*cfg.unit, cfg.block_q, cfg.block_k))
+            s = s + bias.astype(s.dtype)
+        return s, slope
+
+    def allowed(self, i0, j0):
+        """The mask on a tile: [b|1, k|1, g|1, bq, bk]."""
+        cfg = self.cfg
+        i = self.first + (i0 + jnp.arange(cfg.block_q))[None, None, :, None]
+        j = (j0 + jnp.arange(cfg.block_k))[None, None, None]
+        ok = jnp.asarray(self.mask(self.b, self.h, i, j))
+        if cfg.keys % cfg.block_k:
+            ok = ok & (j < cfg.keys)
+        heads = cfg.unit[1:] if ok.shape[1] > 1 else (1, 1)
+        ok = jnp.broadcast_to(ok, (*ok.shape[:2], cfg.block_q, cfg.block_k))
+        return ok.reshape(ok.shape[0], *heads, cfg.block_q, cfg.block_k)
+
+
+def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
+    acc, width = _sum_type(q), v.shape[-1]
+    rows = (*cfg.unit, cfg.block_q, 1)
+
+    def start(at):
+        if sinks is None:
+            m, l = jnp.full(rows, -jnp.inf, acc), jnp.zeros(rows, acc)
+        else:
+            m = jnp.broadcast_to(
+                _take(sinks, (0, *at[1:]), (1, *cfg.unit[1:]))[..., None, None], rows
+            )
+            l = jnp.where(m == -jnp.inf, 0, jnp.ones(rows, acc))
+        return m, l, jnp.zeros((*rows[:-1], width), acc)
+
+    def unit(at, carry):
+        here = _Unit(cfg, mask, offset, at)
+
+        def row(r, carry):
+            i0 = r * cfg.block_q
+            qi = here.queries(q, i0)
+
+            def step(partial, j0, state):
+                m, l, a = state
+                kj, vj = here.keys(k, j0), here.keys(v, j0)
+                s, _ = here.scores(qi, kj, bias, i0, j0)
+                if partial:
+                    vj, bad = _clean(vj)
+                    s = jnp.where(here.allowed(i0, j0), s + bad[:, :, None, None], -jnp.inf)
+                top = jnp.maximum(m, s.max(-1, keepdims=True))
+                safe = jnp.where(top == -jnp.inf, 0, top)
+                p, decay = jnp.exp(s - safe), jnp.exp(m - safe)
+                l = decay * l + p.sum(-1, keepdims=True)
+                return top, l, decay * a + _dot("bkgqs,bksh->bkgqh", p.astype(vj.dtype), vj)
+
+            m, l, a = _over_tiles(cfg, schedule, at, r, step, start(at))
+            nothing = l == 0
+            l = jnp.where(nothing, 1, l)
+            lse = jnp.where(nothing, -jnp.inf, m + jnp.log(l))[..., 0]
+            return _put(carry[0], a / l, (*at, i0)), _put(carry[1], lse, (*at, i0))
+
+        return lax.fori_loop(0, q.shape[3] // cfg.block_q, row, carry)
+
+    shape = (*cfg.sizes, q.shape[3])
+    return _over_units(
+        cfg, unit, (jnp.zeros((*shape, width), v.dtype), jnp.full(shape, -jnp.inf, acc))
+    )
+
+
+def _backward(cfg: _Config, saved: Any, grads: Any):
+    q, k, v, bias, sinks, mask, schedule, offset, o, lse = saved
+    do, dlse = grads
+    acc = _sum_type(q)
+    delta = (do.astype(acc) * o.astype(acc)).sum(-1) - dlse.astype(acc)
+    far = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0 in rows without keys
+
+    def unit(at, carry):
+        here = _Unit(cfg, mask, offset, at)
+
+        def row(r, carry):
+            i0 = r * cfg.block_q
+            qi, doi = here.queries(q, i0), here.queries(do, i0)
+            clean_q, (clean_do, bad_do) = _clean(qi)[0], _clean(doi)
+            fari, deltai = here.queries(far, i0)[..., None], here.queries(delta, i0)[..., None]
+
+            def step(partial, j0, state):
+                dqi, dk, dv, dbias = state
+                kj, vj = here.keys(k, j0), here.keys(v, j0)
+                s, slope = here.scores(qi, kj, bias, i0, j0)
+                p = jnp.exp(s - fari)
+                ds = p * (_dot("bkgqh,bksh->bkgqs", doi, vj) - deltai)
+                qx, dox = qi, doi
+                if partial:
+                    ok = here.allowed(i0, j0)
+                    p = jnp.where(ok, p + bad_do[..., None], 0)
+                    ds = jnp.where(ok, ds, 0)
+                    slope = None if slope is None else jnp.where(ok, slope, 0)
+                    qx, dox, kj = clean_q, clean_do, _clean(kj)[0]
+                if bias is not None:
+                    dbias = _add(dbias, ds, (*at, i0, j0))
+                if slope is not None:
+                    ds = ds * slope
+                ds, p = ds.astype(kj.dtype), p.astype(dox.dtype)
+                dqi = dqi + _dot("bkgqs,bksh->bkgqh", ds, kj)
+                dk = _add(dk, _dot("bkgqs,bkgqh->bksh", ds, qx), (*at[:2], j0))
+                dv = _add(dv, _dot("bkgqs,bkgqh->bksh", p, dox), (*at[:2], j0))
+                return dqi, dk, dv, dbias
+
+            state = (jnp.zeros(qi.shape, acc), *carry[1:])
+            dqi, *rest = _over_tiles(cfg, schedule, at, r, step, state)
+            return _put(carry[0], dqi * cfg.scale, (*at, i0)), *rest
+
+        return lax.fori_loop(0, q.shape[3] // cfg.block_q, row, carry)
+
+    zeros = (None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias))
+    dq, dk, dv, dbias = _over_units(cfg, unit, (jnp.zeros(q.shape, q.dtype), *zeros))
+    dsinks = None
+    if sinks is not None:
+        weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks[..., None] - far))
+        dsinks = -(weight * delta).sum((0, 3))[None]
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dq, (dk * cfg.scale).astype(k.dtype), dv.astype(v.dtype), dbias, dsinks, None, None, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(cfg, q, k, v, bias, sinks, mask, schedule, offset):
+    return _forward(cfg, q, k, v, bias, sinks, mask, schedule, offset)
+
+
+def _attend_fwd(cfg, *args):
+    o, lse = _forward(cfg, *args)
+    return (o, lse), (*args, o, lse)
+
+
+_attend.defvjp(_attend_fwd, _backward)
