@@ -54,8 +54,14 @@ def run_tokenizer(
 
 def remember(folder: Path, source: Source, fingerprint: str, tokenizer: Tokenizer) -> None:
     """Write tokenizer and fingerprints into the run folder."""
-    tokenizer.save(folder / "tokenizer")
     record = {"source": fingerprint, "tokenizer": tokenizer.fingerprint(), "from": repr(source)}
     part = folder / (RECORD + ".part")
-    part.write_text(json.dumps(record, indent=1))
-    part.replace(folder / RECORD)
+    try:
+        tokenizer.save(folder / "tokenizer")
+        part.write_text(json.dumps(record, indent=1))
+        part.replace(folder / RECORD)
+    except OSError as e:
+        raise InputError(
+            f"the run folder {folder} cannot be written ({e.strerror or e}); give "
+            "another, or make room"
+        ) from None

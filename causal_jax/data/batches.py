@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from causal_jax.data.packing import Row
+from causal_jax.data.packing import Row, Rows
 from causal_jax.errors import InputError
 
 
@@ -64,14 +64,14 @@ class Batches(Sequence[Row]):
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Rows,
         batch: int,
         process: tuple[int, int] = (0, 1),
         limit: int | None = None,
         sizes: np.ndarray | None = None,
     ):
         whole = -(-len(rows) // batch)
-        self._rows, self._batch, self._sizes = rows, batch, sizes
+        self._rows, self._batch, self._limit, self._sizes = rows, batch, limit, sizes
         self._index, self._count = process
         self._length = whole if limit is None else min(limit, whole)
 
@@ -85,15 +85,24 @@ class Batches(Sequence[Row]):
             raise IndexError(index)
         local = self._batch // self._count
         first = (index % len(self)) * self._batch + self._index * local
-        rows = [self._rows[i] for i in range(first, min(first + local, len(self._rows)))]
-        return stack(rows + [_blank(self._rows[0])] * (local - len(rows)))
+        there = range(min(first, len(self._rows)), min(first + local, len(self._rows)))
+        if len(there) == local:
+            return self._rows.batch(there)
+        # One row more than there are gives shapes and dtypes even when this process has none.
+        rows = self._rows.batch([*there, 0])
+        return {name: _filled(name, value, local) for name, value in rows.items()}
 
     @functools.cached_property
     def _totals(self) -> tuple[int, int]:
+        stream = getattr(self._rows, "stream", None)
+        if stream is not None and self._limit is None:  # every pair once: no need to make the rows
+            size = 0 if self._sizes is None else int(self._sizes[stream.tokens].sum(dtype=np.int64))
+            return stream.pairs, size
         targets = size = 0
-        for i in range(min(len(self) * self._batch, len(self._rows))):
-            row = self._rows[i]
-            counted = row["targets"][row["weights"] > 0]
+        end = min(len(self) * self._batch, len(self._rows))
+        for first in range(0, end, self._batch):
+            rows = self._rows.batch(range(first, min(first + self._batch, end)))
+            counted = rows["targets"][rows["weights"] > 0]
             targets += counted.size
             size += 0 if self._sizes is None else int(self._sizes[counted].sum())
         return targets, size
@@ -121,12 +130,8 @@ class Batches(Sequence[Row]):
         return nats / math.log(2) / self.bytes
 
 
-def stack(rows: Sequence[Row]) -> Row:
-    """Rows to a batch: every array gets a leading axis."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _blank(row: Row) -> Row:
-    blank = {name: np.zeros_like(value) for name, value in row.items()}
-    blank["segments"] -= 1
-    return blank
+def _filled(name: str, value: np.ndarray, rows: int) -> np.ndarray:
+    """All but the last row of `value`, then padding up to `rows` rows."""
+    value = value[:-1]
+    padding = np.full((rows - len(value), *value.shape[1:]), -1 if name == "segments" else 0)
+    return np.concatenate([value, padding.astype(value.dtype)])

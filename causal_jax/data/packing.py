@@ -52,7 +52,22 @@ class Stream:
         return int(self.starts[-1]) - self.documents
 
 
-class ConcatRows(Sequence[Row]):
+class Rows(Sequence[Row]):
+    """Rows by number. A subclass makes many at once (`batch`) and knows how many there are."""
+
+    def batch(self, indices: Sequence[int]) -> Row:
+        """Rows `indices` as one batch: every array with a leading axis."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {name: value[0] for name, value in self.batch([index]).items()}
+
+
+class ConcatRows(Rows):
     """Rows of the concatenated pairs.
 
     Args:
@@ -75,13 +90,6 @@ class ConcatRows(Sequence[Row]):
     def __len__(self) -> int:
         behind = max(self.stream.pairs - self.context, 0)
         return 1 + -(-behind // self.stride) if self.stream.pairs else 0
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return {name: value[0] for name, value in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int], shifts: Sequence[int] | None = None) -> Row:
         """Rows `indices` as one batch.
@@ -108,7 +116,7 @@ class ConcatRows(Sequence[Row]):
         return _fill(self.stream.tokens, pairs + document, new, held, counted)
 
 
-class FitRows(Sequence[Row]):
+class FitRows(Rows):
     """Rows of whole documents, best fit, longest first; deterministic."""
 
     def __init__(self, stream: Stream, context: int):
@@ -120,9 +128,11 @@ class FitRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def batch(self, indices: Sequence[int]) -> Row:
+        rows = [self._row(i) for i in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, index: int) -> Row:
         at = np.zeros(self.context, np.int64)
         new, held = np.zeros(self.context, bool), np.zeros(self.context, bool)
         end = 0

@@ -15,9 +15,10 @@ import numpy as np
 
 from causal_jax.data import _store
 from causal_jax.data._run import check_source, remember, run_tokenizer
-from causal_jax.data.batches import Batches, stack, training_batches
+from causal_jax.data.batches import Batches, training_batches
 from causal_jax.data.packing import ConcatRows, FitRows, Row, Stream
 from causal_jax.data.sources import Corpus, Source, Synthetic
+from causal_jax.data.sources._base import check_split
 from causal_jax.data.sources.task import TaskRows
 from causal_jax.data.tokenizers import Bytes, Tokenizer, TokenizerSpec
 from causal_jax.errors import InputError
@@ -124,9 +125,21 @@ class Prepared:
         stride: int | None = None,
         limit: int | None = None,
     ) -> Batches:
-        """The validation split, rows always "concat": every target once, padding at the end only.
+        """The validation split: `batches("validation", ...)`."""
+        return self.batches("validation", context, batch, stride, limit)
+
+    def batches(
+        self,
+        split: str,
+        context: int | None = None,
+        batch: int | None = None,
+        stride: int | None = None,
+        limit: int | None = None,
+    ) -> Batches:
+        """A split in fixed order, rows always "concat": every target once, padding at the end only.
 
         Args:
+            split: "validation" or "train"; a task has only the former.
             context: tokens per row; None is the one trained with.
             batch: rows per batch over all processes; None is the one trained with.
             stride: targets that a row adds; None is `context`. Less gives every target at least
@@ -146,14 +159,17 @@ class Prepared:
             raise InputError(f"validation stride is {stride}; from 1 to the context {context}")
         _check_divisible("validation batch", batch, self.process[1])
         source = self.config.source
+        check_split(split)
         if isinstance(source, Synthetic):
+            if split == "train":
+                raise InputError("split is 'train': a task trains on rows without end")
             if context != self.config.context or stride not in (None, context):
                 raise InputError(
                     f"validation context is {context} (stride {stride}): the task's rows have "
                     f"{self.config.context} tokens, each in one row; set the task's own length"
                 )
             return Batches(TaskRows(source, seed=None), batch, self.process, limit)
-        stream = self.streams["validation"]
+        stream = self.streams[split]
         if not stream.pairs:
             raise InputError(
                 f"validation: {type(source).__name__} holds no text out; give it a held_out above "
@@ -164,11 +180,9 @@ class Prepared:
 
     @property
     def validation_bytes(self) -> int:
-        """UTF-8 bytes of the whole validation text, `validation().bytes`; 0 for a task."""
-        if not self.streams:
-            return 0
-        tokens = self.streams["validation"].tokens
-        return int(self.tokenizer.piece_bytes()[tokens].sum(dtype=np.int64))
+        """UTF-8 bytes of the whole validation text; 0 for a task, or if nothing is held out."""
+        held_out = self.streams and self.streams["validation"].pairs
+        return self.validation().bytes if held_out else 0
 
     def check_vocab(self, vocab: int) -> None:
         """Refuse a model whose embedding has too few rows for these tokens (more are harmless)."""
@@ -237,10 +251,10 @@ def _prepare_text(config, folder, tokenizer, fingerprint, process) -> Prepared:
         return int(np.random.default_rng([config.seed, epoch]).integers(config.context))
 
     def make(items: Sequence[tuple[int, int]]) -> Row:
-        if isinstance(rows, FitRows):
-            return stack([rows[i] for _, i in items])
-        shifts = [shift(epoch) for epoch, _ in items] if config.shuffle else None
-        return rows.batch([i for _, i in items], shifts)
+        numbers = [i for _, i in items]
+        if config.shuffle and isinstance(rows, ConcatRows):
+            return rows.batch(numbers, [shift(epoch) for epoch, _ in items])
+        return rows.batch(numbers)
 
     train = training_batches(
         rows,
@@ -262,7 +276,7 @@ def _prepare_task(config, source: Synthetic, folder, tokenizer, fingerprint, pro
     rows = TaskRows(source, config.seed)
     train = training_batches(
         rows,
-        lambda items: source.task.batch(config.seed, [i for _, i in items]),
+        lambda items: rows.batch([i for _, i in items]),
         batch=config.batch,
         process=process,
         seed=None,

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Sequence
@@ -71,8 +72,10 @@ class Code(Source):
 def modules(size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names and texts of the modules that fill `size` bytes."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [p.relative_to(root) for p in root.rglob("*.py")]
-    found = [p for p in found if not LEFT_OUT & set(p.parts)]
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT]
+        found += [Path(folder, name).relative_to(root) for name in files if name.endswith(".py")]
     found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).hexdigest())
     names, texts, left = [], [], size
     for path in found:

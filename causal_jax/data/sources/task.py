@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
-import numpy as np
-
+from causal_jax.data.packing import Row, Rows
 from causal_jax.data.sources._base import Source, sources
 from causal_jax.data.tasks._base import Task
 from causal_jax.data.tasks.recall import Recall
@@ -50,7 +48,7 @@ class Synthetic(Source):
         return Bytes() if self.task.textual else Ids(self.task.vocab)
 
 
-class TaskRows(Sequence[dict[str, np.ndarray]]):
+class TaskRows(Rows):
     """Rows of one stream of a task: as good as endless to train on, or the held-out ones."""
 
     def __init__(self, source: Synthetic, seed: int | None):
@@ -61,5 +59,5 @@ class TaskRows(Sequence[dict[str, np.ndarray]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._task.sample(self._seed, index)
+    def batch(self, indices: Sequence[int]) -> Row:
+        return self._task.batch(self._seed, indices)

@@ -59,7 +59,7 @@ class Text(Source):
             if file.suffix in JSON_LINES:
                 texts += json_lines(file, self.field)
             else:
-                texts.append(decoded(file.read_bytes(), str(file)))
+                texts.append(decoded(content(file), str(file)))
         texts = [t for t in texts if t]
         if not texts:
             empty = "the file is" if len(files) == 1 else f"all {len(files)} files are"
@@ -90,6 +90,14 @@ class Text(Source):
         raise InputError(f"Text.{name} = {path!r}: there is no such file or folder")
 
 
+def content(file: Path) -> bytes:
+    """The bytes of a file, or an InputError with what the system says."""
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise InputError(f"{file} cannot be read ({e.strerror or e})") from None
+
+
 def decoded(data: bytes, where: str) -> str:
     """UTF-8 text of `data`, or an InputError naming file and offset of the first bad byte."""
     try:
@@ -105,7 +113,7 @@ def json_lines(file: Path, field: str) -> list[str]:
     """The texts under `field` of a JSON-lines file; blank lines are skipped."""
     texts = []
     # Cut at \n alone: str.splitlines would also cut at U+2028 inside a string.
-    for number, line in enumerate(decoded(file.read_bytes(), str(file)).split("\n"), start=1):
+    for number, line in enumerate(decoded(content(file), str(file)).split("\n"), start=1):
         if not line.strip():
             continue
         try:
