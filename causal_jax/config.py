@@ -245,10 +245,11 @@ def _tyro(hint: Any, words: list[str]) -> Any:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             return tyro.cli(hint, args=words, prog="value")
     except SystemExit as e:
-        lines = [x.strip(" │╭╮╰╯─") for x in (err.getvalue() or out.getvalue()).splitlines()]
-        lines = [x for x in lines if x]
+        text = err.getvalue() or out.getvalue()
+        lines = [x.strip(" │╭╮╰╯─|+-") for x in text.splitlines()]
+        lines = [x for x in lines if x]  # the first is a title
         reason = lines[1] if len(lines) > 1 else "not a value of that type"
-        raise ValueError(reason.replace("Error parsing ", "")) from e
+        raise ValueError(reason.removeprefix("Error parsing ")) from e
 
 
 def _variant(path: str, base: type, name: str) -> Any:
@@ -269,7 +270,7 @@ def _variant(path: str, base: type, name: str) -> Any:
 
 def _variants(base: type) -> dict[str, type]:
     """Registered classes of the kind `base` belongs to: a Registry lives beside the base class."""
-    for cls in base.__mro__[:-1]:
+    for cls in reversed(base.__mro__[:-1]):
         module = sys.modules.get(cls.__module__)
         for value in list(vars(module).values()) if module else ():
             if isinstance(value, Registry):

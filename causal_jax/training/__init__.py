@@ -1,1 +1,1 @@
-"""What `causal_jax.train` is made of: recipe, state, step, optimizers, sharding, checkpoints, report."""
+"""What `causal_jax.train` is made of: recipe, step, optimizers, sharding, checkpoints, loop."""

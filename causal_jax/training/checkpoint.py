@@ -159,8 +159,8 @@ class Store:
         if faults:
             lines = "; ".join(f"step {s}: {why}" for s, why in faults.items())
             raise InputError(
-                f"none of the checkpoints in {self.folder} can be read ({lines}). Delete that folder "
-                "to begin again, or choose another --config.workdir"
+                f"none of the checkpoints in {self.folder} can be read ({lines}). Delete that "
+                "folder to begin again, or choose another --config.workdir"
             )
         return None
 
@@ -176,7 +176,7 @@ class Store:
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint in the background; the state may be donated as soon as this returns.
 
-        An earlier one still being written is waited for. A step that is already there is left alone.
+        An earlier one still being written is waited for; a step that is already there is left.
 
         Raises:
             InputError: the disk is full (then, or found so by the earlier one).
@@ -251,7 +251,7 @@ class Store:
             )
             raise InputError(
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; {kept}. "
-                "Make room there (or choose another --config.workdir) and run the same command again"
+                "Make room there (or set another --config.workdir) and run the same command again"
             ) from e
 
 
@@ -284,6 +284,16 @@ def storage_fault(error: BaseException | None) -> str | None:
             return "writing there is not allowed"
         error = error.__cause__ or error.__context__
     return None
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Refuse to begin where not even one checkpoint of `size` bytes fits."""
+    free = shutil.disk_usage(folder).free
+    if jax.process_index() == 0 and free < size:
+        raise InputError(
+            f"workdir {folder} has {free / 2**20:.1f} MiB free, one checkpoint needs about "
+            f"{size / 2**20:.1f} MiB: make room, or choose another --config.workdir"
+        )
 
 
 def _parts(state: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def baselines(recipe: Recipe, prepared: Any, figures: dict[str, float]) -> list[
     lines = [f"validation bits per byte, of {sum(map(len, held_out)):,} bytes held out:"]
     lines += [f"  {n}-gram (Witten-Bell)   {b:.3f}" for n, b in enumerate(bits, 1)]
     beaten = sum(own < b for b in bits)
-    verdict = f"beats order {beaten}" if beaten else "beats none of them"
+    verdict = f"beats {beaten} of {orders}"
     return [*lines, f"  this model              {own:.3f}   {verdict}"]
 
 

@@ -52,8 +52,8 @@ def _hold(handle: Any, folder: Path) -> None:
     except BlockingIOError as e:
         handle.seek(0)
         raise InputError(
-            f"workdir {folder} is in use by another run ({handle.read().strip()}); wait for it, stop "
-            "it, or choose another --config.workdir"
+            f"workdir {folder} is in use by another run ({handle.read().strip()}); wait for "
+            "it, stop it, or choose another --config.workdir"
         ) from e
     except OSError:  # a file system without locks
         return
@@ -63,7 +63,7 @@ def _hold(handle: Any, folder: Path) -> None:
 
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
-    """The JSON of the recipe the run began with, or None for a new run.
+    """The JSON of the recipe the run began with, or None where there is none.
 
     Raises:
         InputError: it is there and cannot be read.
@@ -75,25 +75,34 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise InputError(
-            f"{path} cannot be read ({e}). It says what the checkpoints beside it are: put it back, "
-            "or choose another --config.workdir"
+            f"{path} cannot be read ({e}). It says what the checkpoints beside it are: put it "
+            "back, or choose another --config.workdir"
         ) from e
 
 
-def check_unchanged(recipe: Recipe, saved: dict[str, Any], folder: Path) -> None:
+def check_unchanged(recipe: Recipe, folder: Path) -> None:
     """Refuse to continue a run with another recipe, fields in `MAY_CHANGE` excepted.
 
-    Both sides are resolved first, so a run folder of an older version that lacks a field is
-    compared by that field's default.
+    The saved recipe is read and written again first, so that a field which an older version did not
+    have is compared by its default. What the data filled in (vocabulary, a task's length) counts as
+    filled in again.
 
     Raises:
         InputError: naming every such field, both values and the remedy.
     """
-    before = to_json(from_json(saved))
+    saved = saved_config(folder)
+    if saved is None:
+        raise InputError(
+            f"{folder} holds checkpoints but no config.json, which says what they are: put it "
+            "back, or choose another --config.workdir"
+        )
+    now = to_json(recipe)
+    filled = (("model.vocab", now["model"].get("vocab")), ("data.context", now["data"]["context"]))
+    skip = [*MAY_CHANGE, *(name for name, value in filled if value == 0)]
     found = [
         d
-        for d in differences(before, to_json(recipe))
-        if not any(d[0] == name or d[0].startswith(name + ".") for name in MAY_CHANGE)
+        for d in differences(to_json(from_json(saved)), now)
+        if not any(d[0] == name or d[0].startswith(name + ".") for name in skip)
     ]
     if found:
         lines = "\n".join(f"  {f}: the run has {_short(a)}, now {_short(b)}" for f, a, b in found)

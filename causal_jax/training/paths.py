@@ -1,7 +1,7 @@
-"""Names of the leaves of a state, so that sharding, weight decay and checkpoints speak one language.
+"""Names of the leaves of a state: sharding, weight decay and checkpoints speak one language.
 
-A leaf is named by its way down the tree, `stack/blocks/0/0/mlp/up/kernel`; the optimizer's copies of
-it end in the same words (`0/mu/stack/blocks/0/0/mlp/up/kernel`), so one pattern serves both.
+A leaf is named by its way down the tree, `stack/blocks/0/0/mlp/up/kernel`; the optimizer's copies
+of it end in the same words (`0/mu/stack/blocks/0/0/mlp/up/kernel`), so one pattern serves both.
 """
 
 import re
@@ -15,7 +15,7 @@ STACKED = r"(^|/)blocks/"
 
 
 def leaf_name(path: tuple) -> str:
-    """The name of a leaf from its JAX key path; the wrapper `value` of an NNX variable is left out."""
+    """The name of a leaf from its key path; the wrapper `value` of an NNX variable is left out."""
     words = [_word(key) for key in path]
     return "/".join(words[:-1] if words and words[-1] == "value" else words)
 

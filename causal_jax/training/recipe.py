@@ -11,7 +11,7 @@ from causal_jax.training.optimizer import AdamW, Optimizer
 from causal_jax.training.sharding import MeshSpec
 
 
-def _at_least(owner: str, cfg: object, **limits: float) -> None:
+def _at_least(owner: str, cfg: object, **limits: int) -> None:
     for name, limit in limits.items():
         value = getattr(cfg, name)
         if value is not None and value < limit:
@@ -135,10 +135,10 @@ class Recipe:
     """
 
     model: ModelSpec
-    data: Data = Data()
-    objective: Objective = NextToken()
-    optimizer: Optimizer = AdamW()
-    mesh: MeshSpec = MeshSpec()
+    data: Data = Data()  # noqa: RUF009 (frozen)
+    objective: Objective = NextToken()  # noqa: RUF009 (frozen)
+    optimizer: Optimizer = AdamW()  # noqa: RUF009 (frozen)
+    mesh: MeshSpec = MeshSpec()  # noqa: RUF009 (frozen)
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1

@@ -87,7 +87,7 @@ class Reporter:
             self._board = _tensorboard(folder, start) if settings.tensorboard else None
 
     def step(self, step: int, report: dict[str, Any]) -> bool:
-        """Take in a step's report (fetched from the device). Returns whether the step was finite."""
+        """Take in a step's report, fetched from the device; returns whether it was finite."""
         report = jax.device_get(report)
         finite = bool(report["finite"])
         if step == self.start + 1:  # it waited for compilation: no throughput before it
@@ -183,6 +183,34 @@ class Reporter:
             self._board.close()
         if self.settings.plot:
             plot(self.folder / "metrics.jsonl", self.folder / "loss.png")
+
+
+class Profiler:
+    """The JAX profiler around some steps of a run.
+
+    Args:
+        folder: where the trace goes (open it with xprof or TensorBoard).
+        steps: (first, last), or () for none.
+    """
+
+    def __init__(self, folder: Path, steps: tuple[int, ...]):
+        self.folder, self.steps, self.tracing = folder, steps, False
+
+    def before(self, step: int, state: Any) -> None:
+        """To be called before a step is dispatched."""
+        if self.steps and step == self.steps[0]:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self.folder))
+            self.tracing = True
+
+    def after(self, step: int, state: Any) -> bool:
+        """To be called after it was; whether the trace was written now."""
+        if not self.tracing or step < self.steps[1]:
+            return False
+        jax.block_until_ready(state)
+        jax.profiler.stop_trace()
+        self.tracing = False
+        return True
 
 
 def say(folder: Path, text: str) -> None:

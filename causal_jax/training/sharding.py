@@ -1,7 +1,7 @@
 """Which device holds what: a mesh from the config, and a table of path rules for everything else.
 
     data     the batch is split, parameters are copied
-    fsdp     the batch is split and so are parameters and optimizer state (arXiv 1910.02054, stage 3)
+    fsdp     the batch is split, and so are parameters and optimizer state (arXiv 1910.02054)
     tensor   heads and feed-forward columns are split (arXiv 1909.08053)
     context  the time axis is split
 
@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """Devices along each axis; their product is the number of devices used. -1 (once): all the rest.
+    """Devices along each axis; their product is the number of devices used. -1: all the rest.
 
     Attributes:
         data: copies of the model, each with its part of the batch.

@@ -20,7 +20,7 @@ State = dict[str, Any]
 
 
 def graph_of(spec: ModelSpec) -> nnx.GraphDef:
-    """The model without its parameters; `nnx.merge(graph, params)` makes it whole. Allocates nothing."""
+    """The model without its parameters; `nnx.merge(graph, params)` is whole. Allocates nothing."""
     model = nnx.eval_shape(lambda: spec.build(jax.random.key(0)))
     graph, params = nnx.split(model)
     others = [v for _, v in nnx.to_flat_state(params) if not isinstance(v, nnx.Param)]

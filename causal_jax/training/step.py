@@ -50,8 +50,8 @@ def make_step(
         ema: decay of the average, where the state has one.
 
     Returns:
-        step(state, batch, key) -> (state, report). The state is donated. `batch` is a dict of global
-        arrays [B, T]; `key` the run's key, the same at every step. The report holds device scalars:
+        step(state, batch, key) -> (state, report). The state is donated, `batch` a dict of global
+        arrays [B, T], `key` the run's key, the same at every step. The report holds device scalars:
         "metrics" {name: (sum, count)}, "grad_norm", "lr", "finite".
     """
     tx = optimizer.transformation()

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is remembered; a second SIGINT interrupts at once."""
+    """While entered, a first SIGTERM or SIGINT is remembered; a second SIGINT interrupts."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None

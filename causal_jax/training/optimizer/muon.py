@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices; Adam for all other parameters.
+"""Muon: momentum orthogonalised by Newton-Schulz for hidden matrices, Adam for everything else.
 
 Keller Jordan, "Muon" (2024); the scale 0.2 sqrt(max(in, out)), which gives every matrix the update
 size of AdamW so that one learning rate serves both, is arXiv 2502.16982.
