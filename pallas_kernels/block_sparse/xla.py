@@ -100,6 +100,7 @@ class _Config:
     unit: tuple[int, int, int]  # how many of each are worked on at once
     has: tuple[bool, bool]  # full tiles, partial tiles
     upcast: bool  # multiply in float32 (CPU), else in the arrays' own type with float32 sums
+    scaled: bool  # the scale goes into q before the product, else onto the product
 
 
 def block_sparse_attention(
@@ -134,7 +135,7 @@ def block_sparse_attention(
         where nothing may be attended.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    G, tiles = N // K, tiles.clip(T, S)
+    G, tiles, upcast = N // K, tiles.clip(T, S), jax.default_backend() == "cpu"
     bq, bk = tiles.block_q, tiles.block_k
     cfg = _Config(
         scale=float(scale),
@@ -145,7 +146,8 @@ def block_sparse_attention(
         sizes=(B, K, G),
         unit=_unit((B, K, G), bq * bk, tiles.entries, schedule),
         has=schedule.has(),
-        upcast=jax.default_backend() == "cpu",
+        upcast=upcast,
+        scaled=upcast or q.dtype == _sum_type(q),  # bfloat16 queries would be rounded once more
     )
     if bias is not None:
         heads = (K, G) if bias.shape[1] > 1 else (1, 1)
@@ -252,15 +254,20 @@ def _over_tiles(cfg: _Config, schedule: Schedule, at, row: int, step, state):
 
 
 class _Unit:
-    """What forward and backward share for one unit of work: operands, scores and mask of a tile."""
+    """What forward and backward share for one unit of work: operands, scores and mask of a tile.
+
+    Tiles of scores are [b, k, g, queries, keys] forward and [b, k, keys, g, queries] backward: so
+    every product contracts the last axis of its left and the second of its right factor, which
+    spares transposing tiles of scores.
+    """
 
     def __init__(self, cfg: _Config, mask, offset, at):
         self.cfg, self.mask, self.at = cfg, mask, at
         ub, uk, ug = cfg.unit
-        self.b = (at[0] + jnp.arange(ub))[:, None, None, None]
+        self.b = (at[0] + jnp.arange(ub)).reshape(-1, 1, 1, 1, 1)
         h = (at[1] + jnp.arange(uk))[:, None] * cfg.sizes[2] + (at[2] + jnp.arange(ug))[None]
-        self.h = h.reshape(1, -1, 1, 1)
-        self.first = lax.dynamic_slice_in_dim(offset, at[0], ub)[:, None, None, None]
+        self.h = h.reshape(1, uk, ug, 1, 1)
+        self.first = lax.dynamic_slice_in_dim(offset, at[0], ub).reshape(-1, 1, 1, 1, 1)
 
     def queries(self, x, i0) -> Any:
         return self._operand(_take(x, (*self.at, i0), (*self.cfg.unit, self.cfg.block_q)))
@@ -268,45 +275,45 @@ class _Unit:
     def keys(self, x, j0) -> Any:
         return self._operand(_take(x, (*self.at[:2], j0), (*self.cfg.unit[:2], self.cfg.block_k)))
 
+    def keys_t(self, x, j0) -> Any:
+        sizes = (*self.cfg.unit[:2], x.shape[2], self.cfg.block_k)
+        return self._operand(_take(x, (*self.at[:2], 0, j0), sizes))
+
     def _operand(self, x):
         return x.astype(_sum_type(x)) if self.cfg.upcast else x
 
-    def scores(self, q, k, bias, i0, j0):
-        """(s, ds / d(scale q k^T) or None) of a tile [b, k, g, bq, bk], before the mask."""
-        cfg = self.cfg
-        s, slope = _dot("bkgqh,bksh->bkgqs", q, k) * cfg.scale, None
-        if cfg.soft_cap is not None:
-            t = jnp.tanh(s / cfg.soft_cap)
-            s, slope = cfg.soft_cap * t, 1 - t * t
-        if bias is not None:
-            bias = _take(bias, (*self.at, i0, j0), (*cfg.unit, cfg.block_q, cfg.block_k))
-            s = s + bias.astype(s.dtype)
-        return s, slope
+    def scores(self, s, bias):
+        """(s, ds / d(scale q k^T) or None) from the raw products, before the mask."""
+        slope = None
+        if not self.cfg.scaled:
+            s = s * self.cfg.scale
+        if self.cfg.soft_cap is not None:
+            t = jnp.tanh(s / self.cfg.soft_cap)
+            s, slope = self.cfg.soft_cap * t, 1 - t * t
+        return (s if bias is None else s + bias.astype(s.dtype)), slope
 
-    def allowed(self, i0, j0):
-        """The mask on a tile: [b|1, k|1, g|1, bq, bk]."""
-        cfg = self.cfg
-        i = self.first + (i0 + jnp.arange(cfg.block_q))[None, None, :, None]
-        j = (j0 + jnp.arange(cfg.block_k))[None, None, None]
-        ok = jnp.asarray(self.mask(self.b, self.h, i, j))
-        if cfg.keys % cfg.block_k:
-            ok = ok & (j < cfg.keys)
-        heads = cfg.unit[1:] if ok.shape[1] > 1 else (1, 1)
-        ok = jnp.broadcast_to(ok, (*ok.shape[:2], cfg.block_q, cfg.block_k))
-        return ok.reshape(ok.shape[0], *heads, cfg.block_q, cfg.block_k)
+    def allowed(self, i0, j0, backward=False):
+        """The mask on a tile, in the layout of its scores."""
+        i = self.first + (i0 + jnp.arange(self.cfg.block_q)).reshape(1, 1, 1, -1, 1)
+        j = (j0 + jnp.arange(self.cfg.block_k)).reshape(1, 1, 1, 1, -1)
+        index = (self.b, self.h, i, j)
+        if backward:
+            index = tuple(x.transpose(0, 1, 4, 2, 3) for x in index)
+        ok = self.mask(*index)
+        return ok & (index[3] < self.cfg.keys) if self.cfg.keys % self.cfg.block_k else ok
 
 
 def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
     acc, width = _sum_type(q), v.shape[-1]
     rows = (*cfg.unit, cfg.block_q, 1)
+    k = k.swapaxes(2, 3)
 
     def start(at):
         if sinks is None:
             m, l = jnp.full(rows, -jnp.inf, acc), jnp.zeros(rows, acc)
         else:
-            m = jnp.broadcast_to(
-                _take(sinks, (0, *at[1:]), (1, *cfg.unit[1:]))[..., None, None], rows
-            )
+            m = _take(sinks, (0, *at[1:]), (1, *cfg.unit[1:]))
+            m = jnp.broadcast_to(m[..., None, None], rows)
             l = jnp.where(m == -jnp.inf, 0, jnp.ones(rows, acc))
         return m, l, jnp.zeros((*rows[:-1], width), acc)
 
@@ -316,11 +323,13 @@ def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
         def row(r, carry):
             i0 = r * cfg.block_q
             qi = here.queries(q, i0)
+            qi = qi * cfg.scale if cfg.scaled else qi
 
             def step(partial, j0, state):
                 m, l, a = state
-                kj, vj = here.keys(k, j0), here.keys(v, j0)
-                s, _ = here.scores(qi, kj, bias, i0, j0)
+                kj, vj = here.keys_t(k, j0), here.keys(v, j0)
+                tile = _take(bias, (*at, i0, j0), (*cfg.unit, cfg.block_q, cfg.block_k))
+                s, _ = here.scores(_dot("bkgqh,bkhs->bkgqs", qi, kj), tile)
                 if partial:
                     vj, bad = _clean(vj)
                     s = jnp.where(here.allowed(i0, j0), s + bad[:, :, None, None], -jnp.inf)
@@ -350,6 +359,8 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
     acc = _sum_type(q)
     delta = (do.astype(acc) * o.astype(acc)).sum(-1) - dlse.astype(acc)
     far = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0 in rows without keys
+    kt = k.swapaxes(2, 3)
+    bias_t = None if bias is None else bias.transpose(0, 1, 4, 2, 3)
 
     def unit(at, carry):
         here = _Unit(cfg, mask, offset, at)
@@ -357,46 +368,55 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
         def row(r, carry):
             i0 = r * cfg.block_q
             qi, doi = here.queries(q, i0), here.queries(do, i0)
+            qi = qi * cfg.scale if cfg.scaled else qi
+            qt, dot = (x.transpose(0, 1, 4, 2, 3) for x in (qi, doi))
             clean_q, (clean_do, bad_do) = _clean(qi)[0], _clean(doi)
-            fari, deltai = here.queries(far, i0)[..., None], here.queries(delta, i0)[..., None]
+            fari, deltai = (here.queries(x, i0)[:, :, None] for x in (far, delta))
 
             def step(partial, j0, state):
                 dqi, dk, dv, dbias = state
-                kj, vj = here.keys(k, j0), here.keys(v, j0)
-                s, slope = here.scores(qi, kj, bias, i0, j0)
+                kj, vj, ktj = here.keys(k, j0), here.keys(v, j0), here.keys_t(kt, j0)
+                spot = (*at[:2], j0, at[2], i0)
+                tile = _take(bias_t, spot, (*cfg.unit[:2], cfg.block_k, cfg.unit[2], cfg.block_q))
+                s, slope = here.scores(_dot("bksh,bkhgq->bksgq", kj, qt), tile)
                 p = jnp.exp(s - fari)
-                ds = p * (_dot("bkgqh,bksh->bkgqs", doi, vj) - deltai)
+                ds = p * (_dot("bksh,bkhgq->bksgq", vj, dot) - deltai)
                 qx, dox = qi, doi
                 if partial:
-                    ok = here.allowed(i0, j0)
-                    p = jnp.where(ok, p + bad_do[..., None], 0)
+                    ok = here.allowed(i0, j0, backward=True)
+                    p = jnp.where(ok, p + bad_do[:, :, None], 0)
                     ds = jnp.where(ok, ds, 0)
                     slope = None if slope is None else jnp.where(ok, slope, 0)
-                    qx, dox, kj = clean_q, clean_do, _clean(kj)[0]
+                    qx, dox = clean_q, clean_do
+                    ktj = jnp.where(jnp.isnan(_clean(kj)[1])[:, :, None], 0, ktj)
                 if bias is not None:
-                    dbias = _add(dbias, ds, (*at, i0, j0))
+                    dbias = _add(dbias, ds, spot)
                 if slope is not None:
                     ds = ds * slope
                 ds, p = ds.astype(kj.dtype), p.astype(dox.dtype)
-                dqi = dqi + _dot("bkgqs,bksh->bkgqh", ds, kj)
-                dk = _add(dk, _dot("bkgqs,bkgqh->bksh", ds, qx), (*at[:2], j0))
-                dv = _add(dv, _dot("bkgqs,bkgqh->bksh", p, dox), (*at[:2], j0))
+                dqi = dqi + _dot("bkhs,bksgq->bkhgq", ktj, ds)
+                dk = _add(dk, _dot("bksgq,bkgqh->bksh", ds, qx), (*at[:2], j0))
+                dv = _add(dv, _dot("bksgq,bkgqh->bksh", p, dox), (*at[:2], j0))
                 return dqi, dk, dv, dbias
 
-            state = (jnp.zeros(qi.shape, acc), *carry[1:])
+            state = (jnp.zeros(qt.shape, acc), *carry[1:])
             dqi, *rest = _over_tiles(cfg, schedule, at, r, step, state)
-            return _put(carry[0], dqi * cfg.scale, (*at, i0)), *rest
+            return _put(carry[0], dqi * cfg.scale, (*at[:2], 0, at[2], i0)), *rest
 
         return lax.fori_loop(0, q.shape[3] // cfg.block_q, row, carry)
 
-    zeros = (None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias))
-    dq, dk, dv, dbias = _over_units(cfg, unit, (jnp.zeros(q.shape, q.dtype), *zeros))
+    zeros = (None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias_t))
+    dq = jnp.zeros((*q.shape[:2], q.shape[4], *q.shape[2:4]), q.dtype)
+    dq, dk, dv, dbias = _over_units(cfg, unit, (dq, *zeros))
     dsinks = None
     if sinks is not None:
         weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks[..., None] - far))
         dsinks = -(weight * delta).sum((0, 3))[None]
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dq, (dk * cfg.scale).astype(k.dtype), dv.astype(v.dtype), dbias, dsinks, None, None, None
+    if bias is not None:
+        dbias = dbias.transpose(0, 1, 3, 4, 2).astype(bias.dtype)
+    dk = dk if cfg.scaled else dk * cfg.scale
+    dq = dq.transpose(0, 1, 3, 4, 2)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), dbias, dsinks, None, None, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
