@@ -21,7 +21,7 @@ heads are query heads.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -77,7 +77,9 @@ class Mask:
         """
         b, h, q0, q1, k0, k1 = aligned(b, h, q0, q1, k0, k1)
         extent = _longest(q0, q1), _longest(k0, k1)
-        return self._tile_status(Tiles(b, h, q0, q1, k0, k1, extent))
+        if self.is_static and namespace(b, h, q0, q1, k0, k1) is np:
+            return self._tile_status(Tiles(b, h, q0, q1, k0, k1, extent))
+        return _status_on_device(self, (b, h, q0, q1, k0, k1), extent)
 
     def _tile_status(self, t: Tiles) -> Any:
         return broadcast(self._status(t), *t[:6]).astype(np.int8)
@@ -111,10 +113,7 @@ class Mask:
         """
         S = T if S is None else S
         offset, batch = check_grid(self, T, S, q_offset)
-        b = jnp.arange(batch).reshape(-1, 1, 1, 1)
-        h = jnp.arange(self.heads).reshape(1, -1, 1, 1)
-        i = jnp.arange(T).reshape(1, 1, T, 1) + offset
-        return self(b, h, i, jnp.arange(S).reshape(1, 1, 1, S))
+        return _dense(self, batch, T, S, offset)
 
     def block_map(
         self,
@@ -148,6 +147,10 @@ class Mask:
     def __invert__(self) -> "Mask":
         return self.part if isinstance(self, Not) else Not(self)
 
+    def __repr__(self) -> str:
+        fields = (getattr(self, f.name) for f in dataclasses.fields(self))  # pyright: ignore[reportArgumentType]
+        return f"{type(self).__name__}({', '.join(map(_short, fields))})"
+
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
@@ -164,6 +167,33 @@ class Mask:
                 "pass it as an argument of the jitted function, not as a static one"
             )
         return hash(structure)
+
+
+def _short(x: Any) -> str:
+    """dtype[shape] for arrays, the name of a function, else repr."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_short, x))}{',' * (len(x) == 1)})"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{x.dtype}{list(x.shape)}"
+    return getattr(x, "__name__", repr(x))
+
+
+def _nested(x: Mask) -> str:
+    return f"({x!r})" if isinstance(x, And | Or) else repr(x)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _dense(mask: Mask, batch: int, T: int, S: int, offset: Any) -> Array:
+    b = jnp.arange(batch).reshape(-1, 1, 1, 1)
+    h = jnp.arange(mask.heads).reshape(1, -1, 1, 1)
+    i = jnp.arange(T).reshape(1, 1, T, 1) + offset
+    return mask(b, h, i, jnp.arange(S).reshape(1, 1, 1, S))
+
+
+@partial(jax.jit, static_argnums=2)
+def _status_on_device(mask: Mask, tiles: tuple, extent: tuple[int | None, int | None]) -> Array:
+    b, h, q0, q1, k0, k1 = tiles
+    return mask._tile_status(Tiles(b, h, q0, q1, k0, k1, extent))
 
 
 def _longest(lo: Any, hi: Any) -> int | None:
@@ -191,11 +221,9 @@ def check_grid(mask: Mask, T: int, S: int, q_offset: Any) -> tuple[Any, int]:
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Full(Mask):
-    """Everybody sees everything: True. Neutral in `&`, absorbing in `|`; `~Full()` allows
-    nothing.
-    """
+    """True: everybody sees everything. Neutral in `&`, absorbing in `|`; `~Full()` is nothing."""
 
     def _allow(self, b, h, i, j):
         return np.True_
@@ -224,9 +252,7 @@ class _Combination(Mask):
         return any(p._costly for p in self.parts)
 
     def _decide(self, t: Tiles, settled: int, combine: str) -> Any:
-        """Combine the statuses of the parts; `settled` is the value that no further part can
-        change.
-        """
+        """Combine the statuses of the parts; no further part can change the value `settled`."""
         out: Any = None
         for part in sorted(self.parts, key=lambda p: p._costly):
             if out is None:
@@ -249,7 +275,7 @@ def _parts(cls: type, masks: tuple[Any, ...]) -> Iterator[Mask]:
 
 
 @pytree("parts")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class And(_Combination):
     """Allowed by all parts. Tile status: the minimum. Made by `a & b`."""
 
@@ -263,6 +289,9 @@ class And(_Combination):
         parts = tuple(m for m in _parts(cls, masks) if not isinstance(m, Full))
         return cls(parts) if len(parts) > 1 else parts[0] if parts else Full()
 
+    def __repr__(self) -> str:
+        return " & ".join(map(_nested, self.parts))
+
     def _allow(self, b, h, i, j):
         return reduce(lambda x, y: x & y, (p._allow(b, h, i, j) for p in self.parts))
 
@@ -271,7 +300,7 @@ class And(_Combination):
 
 
 @pytree("parts")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Or(_Combination):
     """Allowed by some part. Tile status: the maximum. Made by `a | b`."""
 
@@ -285,6 +314,9 @@ class Or(_Combination):
         parts = tuple(_parts(cls, masks))
         return Full() if any(isinstance(m, Full) for m in parts) else cls(parts)
 
+    def __repr__(self) -> str:
+        return " | ".join(map(_nested, self.parts))
+
     def _allow(self, b, h, i, j):
         return reduce(lambda x, y: x | y, (p._allow(b, h, i, j) for p in self.parts))
 
@@ -293,7 +325,7 @@ class Or(_Combination):
 
 
 @pytree("part")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Not(Mask):
     """Allowed where `part` is not. Tile status: EMPTY and FULL swap. Made by `~a`."""
 
@@ -317,6 +349,9 @@ class Not(Mask):
     def _require(self, rows, cols):
         self.part._require(rows, cols)
 
+    def __repr__(self) -> str:
+        return f"~{_nested(self.part)}"
+
     def _allow(self, b, h, i, j):
         return ~self.part._allow(b, h, i, j)
 
@@ -325,7 +360,7 @@ class Not(Mask):
 
 
 @pytree("parts")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HeadSplit(_Combination):
     """Query head h uses parts[h]: `HeadSplit((Window(64, 0),) * 6 + (Full(),) * 2)`.
 

@@ -1,5 +1,6 @@
-"""The compiled form of a mask: for every row of tiles, the list of tiles that hold an allowed
-entry.
+"""The compiled form of a mask: for every row of tiles, the list of its live tiles.
+
+A tile is live if it may hold an allowed entry.
 
 Static masks are compiled on the host by numpy from `status`, in O(tiles) and never O(T S), once
 per mask and shape. Masks with arrays are compiled on the device: the static factors of a product
@@ -8,17 +9,20 @@ tiles to the front of each row.
 """
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from causal_jax.errors import InputError
-from causal_jax.masks.algebra import And, Full, Index, Mask, as_mask, check_grid
+from causal_jax.masks.algebra import And, Full, HeadSplit, Index, Mask, Or, as_mask, check_grid
+from causal_jax.masks.lookups import BlockList
 from causal_jax.masks.tiles import EMPTY, FULL, PARTIAL, Tiles
 from causal_jax.masks.values import namespace, pytree, shared_size
+from causal_jax.shapes import Array
 
 _CHUNK = 1 << 22  # statuses computed at once on the host
 
@@ -26,8 +30,7 @@ _CHUNK = 1 << 22  # statuses computed at once on the host
 @pytree("cnt", "idx", "kind", "q_offset", "overflow")
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMap:
-    """Live tiles per row. Rows are tiles of queries and lists hold tiles of keys; `transpose()`
-    swaps the two.
+    """Live tiles per row: rows are tiles of queries, lists hold tiles of keys (or `transpose()`d).
 
     A tile of kind FULL (2) lies inside of T x S and needs no mask at all; a PARTIAL one (1) needs
     mask(b, h, i, j) and i < T, j < S: tiles that hang over an edge are never FULL. Static maps
@@ -67,6 +70,10 @@ class BlockMap:
         return -(-self.T // self.block_q), -(-self.S // self.block_k)
 
     @property
+    def _columns(self) -> int:
+        return self.num_tiles[0 if self.transposed else 1]
+
+    @property
     def num_live(self) -> Any:
         """Number of live tiles, over all the sequences and heads that the map distinguishes."""
         total = self.cnt.sum()
@@ -88,15 +95,10 @@ class BlockMap:
         return self
 
     def tiles(self) -> Any:
-        """The statuses as a grid, int8 [B|1, N|1, nq, nk] (rows and columns swapped if
-        transposed).
-        """
-        columns = self.num_tiles[0 if self.transposed else 1]
+        """The statuses as a grid, int8 [B|1, N|1, nq, nk], or [.., nk, nq] if transposed."""
         if not self.is_host:
-            grid = jnp.zeros((*self.cnt.shape, columns), jnp.int8)
-            at = tuple(jnp.indices(self.idx.shape, sparse=True)[:3])
-            return grid.at[(*at, self.idx)].max(self.kind.astype(jnp.int8))
-        grid = np.zeros((*self.cnt.shape, columns), np.int8)
+            return _tiles_on_device(self)
+        grid = np.zeros((*self.cnt.shape, self._columns), np.int8)
         at = np.nonzero(self.kind)
         grid[(*at[:-1], self.idx[at])] = self.kind[at]
         return grid
@@ -110,38 +112,29 @@ class BlockMap:
         return grid[..., : self.T, : self.S]
 
     def transpose(self, *, max_blocks: int | None = None) -> "BlockMap":
-        """The same tiles listed by the other side: rows of key tiles list query tiles (for dk and
-        dv).
+        """The same tiles by the other side: rows of keys that list tiles of queries (for dk, dv).
 
         Args:
             max_blocks: upper bound of the tiles per row, for traced maps; default: as many as
                 there are.
         """
-        grid = self.tiles().swapaxes(-1, -2)
-        columns = np.arange(grid.shape[-1], dtype=np.int32).reshape(1, 1, 1, -1)
-        lists = _compact(grid, columns, max_blocks)
-        lists["overflow"] = lists["overflow"] | self.overflow
-        return dataclasses.replace(self, **lists, transposed=not self.transposed).check()
+        turn = _transposed if self.is_host else _transposed_on_device
+        return turn(self, max_blocks).check()
 
     def refine(self, mask: Any, *, max_blocks: int | None = None) -> "BlockMap":
-        """The map of (mask of this map) & mask, found by asking `mask` about the listed tiles
-        only.
-        """
+        """The map of (this map's mask) & mask: asks `mask` about the listed tiles only."""
         mask = as_mask(mask)
-        _ = check_grid(mask, self.T, self.S, 0)
+        host = namespace(self.q_offset) is np and np.ndim(self.q_offset) == 0
+        _ = check_grid(mask, self.T, self.S, int(self.q_offset) if host else 0)
         batch = shared_size("batch of map and mask", (self.cnt.shape[0], mask.batch))
         heads = shared_size("heads of map and mask", (self.cnt.shape[1], mask.heads))
         if batch != self.cnt.shape[0] and np.shape(self.q_offset) not in ((), (1,), (batch,)):
             raise InputError(
                 f"batch {batch} of the mask: expected that of q_offset, {self.q_offset.shape[0]}"
             )
-        row = np.arange(self.idx.shape[2], dtype=np.int32).reshape(1, 1, -1, 1)
-        i, j = (self.idx, row) if self.transposed else (row, self.idx)
-        status = _statuses(mask, self, batch, heads, i, j)
-        kind = namespace(status, self.kind).minimum(status, self.kind)
-        lists = _compact(kind, self.idx, max_blocks)
-        lists["overflow"] = lists["overflow"] | self.overflow
-        return dataclasses.replace(self, **lists).check()
+        if mask.is_static and self.is_host and host:
+            return _refined(self, mask, batch, heads, max_blocks)
+        return _refined_on_device(self, mask, batch, heads, max_blocks).check()
 
     def __and__(self, mask: Any) -> "BlockMap":
         return self.refine(mask)
@@ -164,10 +157,39 @@ def _statuses(mask: Mask, m: BlockMap, batch: int, heads: int, i: Any, j: Any) -
     return xp.where(over & (status == FULL), xp.int8(PARTIAL), status)
 
 
+@jax.jit
+def _tiles_on_device(m: BlockMap) -> Array:
+    at = jnp.indices(m.idx.shape, sparse=True)[:3]
+    grid = jnp.zeros((*m.cnt.shape, m._columns), jnp.int8)
+    return grid.at[(*at, m.idx)].max(m.kind.astype(jnp.int8))
+
+
+def _transposed(m: BlockMap, limit: int | None) -> BlockMap:
+    grid = m.tiles().swapaxes(-1, -2)
+    columns = np.arange(grid.shape[-1], dtype=np.int32).reshape(1, 1, 1, -1)
+    lists = _compact(grid, columns, limit)
+    lists["overflow"] = lists["overflow"] | m.overflow
+    return dataclasses.replace(m, **lists, transposed=not m.transposed)
+
+
+_transposed_on_device = jax.jit(_transposed, static_argnums=1)
+
+
+def _refined(m: BlockMap, mask: Mask, batch: int, heads: int, limit: int | None) -> BlockMap:
+    row = np.arange(m.idx.shape[2], dtype=np.int32).reshape(1, 1, -1, 1)
+    i, j = (m.idx, row) if m.transposed else (row, m.idx)
+    status = _statuses(mask, m, batch, heads, i, j)
+    kind = namespace(status, m.kind).minimum(status, m.kind)
+    lists = _compact(kind, m.idx, limit)
+    lists["overflow"] = lists["overflow"] | m.overflow
+    return dataclasses.replace(m, **lists)
+
+
+_refined_on_device = jax.jit(_refined, static_argnums=(2, 3, 4))
+
+
 def _compact(status: Any, columns: Any, limit: int | None) -> dict[str, Any]:
-    """Lists of the live tiles: cnt, idx, kind, overflow. `columns` [.., C] names the tile in each
-    slot.
-    """
+    """The lists cnt, idx, kind and overflow; `columns` [.., C] says which tile a slot is."""
     if namespace(status, columns) is np:
         return _compact_host(status, columns, limit)
     slots = status.shape[-1] if limit is None else min(limit, status.shape[-1])
@@ -268,7 +290,7 @@ def build(
         fixed, rest = split_static(mask)
         bm = _host_map(fixed, *sizes, offset)
         if not isinstance(rest, Full):
-            return bm.refine(rest, max_blocks=max_blocks)
+            return bm.refine(rest, max_blocks=_least(max_blocks, _most_live(mask, bm)))
         if max_blocks is not None and bm.idx.shape[-1] > max_blocks:
             raise InputError(
                 f"max_blocks={max_blocks}: a row of tiles has {bm.idx.shape[-1]} live tiles: "
@@ -276,17 +298,55 @@ def build(
             )
         return bm
     blank = _blank(*sizes, offset.reshape(-1))
+    limit = _least(max_blocks, _most_live(mask, blank))
+    return _grid_on_device(blank, mask, batch, limit).check()
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _grid_on_device(blank: BlockMap, mask: Mask, batch: int, limit: int) -> BlockMap:
     nq, nk = blank.num_tiles
     i = np.arange(nq, dtype=np.int32).reshape(1, 1, -1, 1)
     j = np.arange(nk, dtype=np.int32).reshape(1, 1, 1, -1)
-    lists = _compact(_statuses(mask, blank, batch, mask.heads, i, j), j, max_blocks)
-    return dataclasses.replace(blank, **lists).check()
+    status = _statuses(mask, blank, batch, mask.heads, i, j)
+    return dataclasses.replace(blank, **_compact(status, j, limit))
+
+
+def _least(bound: int | None, other: int) -> int:
+    return other if bound is None else min(bound, other)
+
+
+def _most_live(mask: Mask, m: BlockMap) -> int:
+    """An upper bound, known while tracing, of the live tiles of a row: it keeps the lists short."""
+    nk = m.num_tiles[1]
+    offset = int(m.q_offset) if namespace(m.q_offset) is np and np.ndim(m.q_offset) == 0 else None
+    if mask.is_static and offset is not None and not mask._costly:
+        return _host_map(mask, m.T, m.S, m.block_q, m.block_k, offset).idx.shape[-1]
+    if isinstance(mask, And):
+        return min(_most_live(p, m) for p in mask.parts)
+    if isinstance(mask, Or):
+        return min(nk, sum(_most_live(p, m) for p in mask.parts))
+    if isinstance(mask, HeadSplit):
+        return max(_most_live(p, m) for p in mask.parts)
+    if isinstance(mask, BlockList):
+        rows = _touched(m.block_q, mask.block_q, offset)
+        per_block = _touched(mask.block_k, m.block_k, 0)
+        return min(nk, rows * mask.slots * per_block)
+    return nk
+
+
+def _touched(side: int, size: int, offset: int | None) -> int:
+    """How many blocks of `size` a tile of `side` touches at most, tiles starting at `offset`."""
+    if (
+        offset is not None
+        and offset % min(side, size) == 0
+        and max(side, size) % min(side, size) == 0
+    ):
+        return max(1, side // size)
+    return (side + size - 2) // size + 1
 
 
 def split_static(mask: Mask) -> tuple[Mask, Mask]:
-    """(static, rest) with mask == static & rest: what the host can schedule, and what must be
-    asked at run time.
-    """
+    """(static, rest) with mask == static & rest: what the host schedules, what run time decides."""
     parts = mask.parts if isinstance(mask, And) else (mask,)
     static = [p for p in parts if p.is_static]
     rest = [p for p in parts if not p.is_static]

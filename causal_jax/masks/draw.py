@@ -32,8 +32,7 @@ def _grid(mask: Any, T: int, S: int | None, block: int | None, b: int, h: int) -
 def draw(
     mask: Any, T: int, S: int | None = None, *, block: int | None = None, b: int = 0, h: int = 0
 ) -> str:
-    """The mask as text, one line per query (or tile of queries), one character per key (or tile of
-    keys).
+    """The mask as text: one line per query, one character per key (or tile of them).
 
     Entries: `·` hidden, `█` allowed. Tiles: `·` empty, `▒` partial, `█` full.
 

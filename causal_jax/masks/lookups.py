@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from causal_jax.errors import InputError
 from causal_jax.masks.algebra import Mask
@@ -22,6 +23,7 @@ from causal_jax.masks.values import (
     as_field,
     check_array,
     constant,
+    field_shape,
     namespace,
     pad_rank,
     pytree,
@@ -41,10 +43,9 @@ def _enough(mask: Mask, field: str, have: int, need: int, what: str) -> None:
 
 
 @pytree("idx")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockList(Mask):
-    """j // block_k in idx[b, h, i // block_q, :]: for each block of queries the blocks of keys it
-    sees.
+    """j // block_k in idx[b, h, i // block_q, :]: each block of queries lists its blocks of keys.
 
     The status is exact for any tile: it looks at the blocks that the tile touches.
 
@@ -69,14 +70,19 @@ class BlockList(Mask):
 
     @property
     def batch(self) -> int:
-        return pad_rank(self.idx, 4).shape[0]
+        return field_shape(self.idx, 4)[0]
 
     @property
     def heads(self) -> int:
-        return pad_rank(self.idx, 4).shape[1]
+        return field_shape(self.idx, 4)[1]
+
+    @property
+    def slots(self) -> int:
+        """K, the length of a row's list."""
+        return field_shape(self.idx, 4)[3]
 
     def _require(self, rows, cols):
-        have = pad_rank(self.idx, 4).shape[2] * self.block_q
+        have = field_shape(self.idx, 4)[2] * self.block_q
         _enough(self, "idx", have, rows, "queries")
 
     def _allow(self, b, h, i, j):
@@ -99,7 +105,7 @@ class BlockList(Mask):
             _blocks_touched(t.q0, t.extent[0], self.block_q),
             _blocks_touched(t.k0, t.extent[1], self.block_k),
         )
-        return evaluate(self._listed, Tiles(t.b, t.h, q0, q1, k0, k1, sides))
+        return evaluate(Partial(BlockList._listed, self), Tiles(t.b, t.h, q0, q1, k0, k1, sides))
 
 
 def _blocks_touched(lo: Any, side: int | None, size: int) -> int | None:
@@ -112,7 +118,7 @@ def _blocks_touched(lo: Any, side: int | None, size: int) -> int | None:
 
 
 @pytree("q_ids", "kv_ids")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Documents(Mask):
     """q_ids[b, i] == kv_ids[b, j]: packed documents do not see each other. Ids need no order.
 
@@ -139,14 +145,19 @@ class Documents(Mask):
         q = as_field(self.q_ids, 2)
         return q, q if self.kv_ids is None else as_field(self.kv_ids, 2)
 
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        kv = self.q_ids if self.kv_ids is None else self.kv_ids
+        return field_shape(self.q_ids, 2), field_shape(kv, 2)
+
     @property
     def batch(self) -> int:
-        return shared_size("Documents: batch of q_ids and kv_ids", _axis(0, *self._ids()))
+        q, kv = self._shapes()
+        return shared_size("Documents: batch of q_ids and kv_ids", (q[0], kv[0]))
 
     def _require(self, rows, cols):
-        q, kv = _axis(1, *self._ids())
-        _enough(self, "q_ids", q, rows, "queries")
-        _enough(self, "q_ids" if self.kv_ids is None else "kv_ids", kv, cols, "keys")
+        q, kv = self._shapes()
+        _enough(self, "q_ids", q[1], rows, "queries")
+        _enough(self, "q_ids" if self.kv_ids is None else "kv_ids", kv[1], cols, "keys")
 
     def _allow(self, b, h, i, j):
         q, kv = self._ids()
@@ -165,27 +176,29 @@ def _unsigned(ids: Any) -> Any:
     return ids.astype(f"uint{8 * ids.dtype.itemsize}")
 
 
-def _axis(n: int, *xs: Any) -> tuple[int, ...]:
-    return tuple(unwrap(x).shape[n] for x in xs)
-
-
 class _Chosen(Mask):
     """Membership in a set of positions: sorted static positions, or booleans [B, T]."""
 
     tokens: Any
 
     def __post_init__(self):
-        if isinstance(self.tokens, range | list | tuple | set | frozenset):
-            positions = np.unique(np.asarray(list(self.tokens), np.int64)).astype(np.int32)
-            if positions.size and positions[0] < 0:
-                raise InputError(f"{type(self).__name__}: position {positions[0]}: expected >= 0")
-            object.__setattr__(self, "tokens", constant(positions))
-        else:
+        tokens = self.tokens.value if isinstance(self.tokens, Constant) else self.tokens
+        if isinstance(tokens, range | list | tuple | set | frozenset):
+            tokens = np.asarray(list(tokens) or np.zeros(0, np.int32))
+        positions = (
+            isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu" and tokens.ndim == 1
+        )
+        if not positions:
+            object.__setattr__(self, "tokens", tokens)
             check_array(self, "tokens", "boolean", (1, 2), "[B, T] or [T], or positions in a tuple")
+        elif tokens.size and tokens.min() < 0:
+            raise InputError(f"{type(self).__name__}: position {tokens.min()}: expected >= 0")
+        else:
+            object.__setattr__(self, "tokens", constant(np.unique(tokens).astype(np.int32)))
 
     @property
     def batch(self) -> int:
-        return 1 if isinstance(self.tokens, Constant) else pad_rank(self.tokens, 2).shape[0]
+        return 1 if isinstance(self.tokens, Constant) else field_shape(self.tokens, 2)[0]
 
     def _member(self, b: Any, x: Any) -> Any:
         if not isinstance(self.tokens, Constant):
@@ -213,11 +226,11 @@ class _Chosen(Mask):
 
     def _covers(self, need: int, what: str) -> None:
         if not isinstance(self.tokens, Constant):
-            _enough(self, "tokens", pad_rank(self.tokens, 2).shape[1], need, what)
+            _enough(self, "tokens", field_shape(self.tokens, 2)[1], need, what)
 
 
 @pytree("tokens")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Keys(_Chosen):
     """j in tokens: keys that everybody sees (global columns, valid keys). Status exact.
 
@@ -238,7 +251,7 @@ class Keys(_Chosen):
 
 
 @pytree("tokens")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Queries(_Chosen):
     """i in tokens: queries that see everything (global rows). Status exact.
 
@@ -259,13 +272,13 @@ class Queries(_Chosen):
 
 
 @pytree("array")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
-    """array[b, h, i, j]: any mask, written out; axes of size 1 are shared. Status: any / all of
-    the tile.
+    """array[b, h, i, j]: any mask, written out. Status: any / all of the tile.
 
     Args:
-        array: booleans [T, S] or [B|1, N|1, T|1, S|1]; `constant(array)` makes the mask static.
+        array: booleans [T, S] or [B|1, N|1, T|1, S|1], axes of size 1 being shared;
+            `constant(array)` makes the mask static.
     """
 
     array: Any
@@ -276,14 +289,14 @@ class Dense(Mask):
 
     @property
     def batch(self) -> int:
-        return pad_rank(self.array, 4).shape[0]
+        return field_shape(self.array, 4)[0]
 
     @property
     def heads(self) -> int:
-        return pad_rank(self.array, 4).shape[1]
+        return field_shape(self.array, 4)[1]
 
     def _require(self, rows, cols):
-        have_rows, have_cols = pad_rank(self.array, 4).shape[2:]
+        have_rows, have_cols = field_shape(self.array, 4)[2:]
         if have_rows != 1:
             _enough(self, "array", have_rows, rows, "queries")
         if have_cols != 1:
@@ -293,11 +306,11 @@ class Dense(Mask):
         return read(as_field(self.array, 4), b, h, i, j)
 
     def _status(self, t):
-        return evaluate(self._allow, t)
+        return evaluate(Partial(Dense._allow, self), t)
 
 
 @pytree("aux")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FromFn(Mask):
     """fn(b, h, i, j, *aux): see `from_fn`."""
 
@@ -340,7 +353,7 @@ class FromFn(Mask):
     def _status(self, t):
         if self.status_fn is not None:
             return self._call(self.status_fn, *t[:6])
-        return evaluate(self._allow, t) if self.evaluate else np.int8(PARTIAL)
+        return evaluate(Partial(FromFn._allow, self), t) if self.evaluate else np.int8(PARTIAL)
 
 
 def from_fn(

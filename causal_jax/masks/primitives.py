@@ -18,8 +18,8 @@ from causal_jax.masks.values import (
     as_field,
     check_array,
     constant,
+    field_shape,
     namespace,
-    pad_rank,
     pytree,
     read,
     set_size,
@@ -32,7 +32,7 @@ def _distances(t: Tiles) -> tuple[Any, Any]:
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Causal(Mask):
     """j <= i + offset: the past and oneself (and `offset` further keys).
 
@@ -53,7 +53,7 @@ class Causal(Mask):
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Window(Mask):
     """i - left <= j <= i + right: `left` keys before self, `right` after; None: unbounded.
 
@@ -87,7 +87,7 @@ class Window(Mask):
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Sinks(Mask):
     """j < n: the first n keys (attention sinks, global tokens). EMPTY: k0 >= n. FULL: k1 <= n."""
 
@@ -104,7 +104,7 @@ class Sinks(Mask):
 
 
 @pytree("length")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prefix(Mask):
     """j < length[b]: a prefix that everybody sees, per sequence; prefix-LM is `Causal() |
     Prefix(length)`.
@@ -126,7 +126,7 @@ class Prefix(Mask):
 
     @property
     def batch(self) -> int:
-        return pad_rank(self.length, 1).shape[0]
+        return field_shape(self.length, 1)[0]
 
     def _allow(self, b, h, i, j):
         return j < self._lengths(b)
@@ -142,10 +142,11 @@ class Prefix(Mask):
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Chunked(Mask):
-    """i // size == j // size: diagonal blocks. EMPTY: disjoint intervals of chunks. FULL: one and
-    the same chunk.
+    """i // size == j // size: diagonal blocks.
+
+    EMPTY: disjoint intervals of chunks. FULL: one and the same chunk.
     """
 
     size: int
@@ -163,7 +164,7 @@ class Chunked(Mask):
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Strided(Mask):
     """(i - j) % stride == 0: every stride-th key, past and future.
 
@@ -187,10 +188,9 @@ class Strided(Mask):
 
 
 @pytree()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dilated(Mask):
-    """(i - j) % stride == 0 and 0 <= i - j < window * stride: `window` keys with gaps, self
-    included.
+    """(i - j) % stride == 0 and 0 <= i - j < window * stride: self and earlier keys with gaps.
 
     EMPTY: no multiple of stride among the tile's distances within [0, window * stride). FULL: all
     distances within it and stride 1 or a single distance that is a multiple.

@@ -12,14 +12,15 @@ from causal_jax.shapes import Array, Bool, Float
 
 
 def streaming(window: int, sinks: int = 4) -> Mask:
-    """StreamingLLM: the first `sinks` keys and the last `window` before self. A cache of w recent
-    tokens, self included, is window = w - 1. (arXiv 2309.17453)"""
+    """StreamingLLM (2309.17453): the first `sinks` keys and the last `window` before self.
+
+    The paper's cache of w recent tokens, self included, is window = w - 1.
+    """
     return Causal() & (Window(window, 0) | Sinks(sinks))
 
 
 def longformer(window: int, globals: int | tuple[int, ...] = 0, *, causal: bool = False) -> Mask:
-    """Longformer: a window on both sides, and global tokens that see and are seen by everybody.
-    (2004.05150)
+    """Longformer (2004.05150): a window, and global tokens that see and are seen by everybody.
 
     Args:
         window: keys on each side of self.
@@ -44,8 +45,7 @@ def bigbird(
     seed: int = 0,
     causal: bool = True,
 ) -> Mask:
-    """BigBird: window, global tokens, and `random` random blocks of keys per block of queries.
-    (2007.14062)
+    """BigBird (2007.14062): window, global tokens, random blocks of keys per block of queries.
 
     The blocks are drawn on the host from `seed`: the mask is static. A causal row draws from the
     past only and takes all of it where there are fewer than `random` blocks.
@@ -77,15 +77,17 @@ def bigbird(
 
 
 def strided_sparse(stride: int) -> Mask:
-    """Sparse Transformer, strided: the last `stride` keys (self included) and every stride-th one.
-    (1904.10509)
-    """
+    """Sparse Transformer (1904.10509), strided: the last `stride` keys and every stride-th one."""
     return Causal() & (Window(stride - 1, 0) | Strided(stride))
 
 
 def modality_mutual(queries: Bool[Array, "B T"], keys: Bool[Array, "B T"]) -> Mask:
-    """Modality-mutual attention: causal, and `queries` (image tokens) also see all of `keys` (the
-    question). (2503.02597)"""
+    """Modality-mutual attention (2503.02597): causal, and `queries` also see all of `keys`.
+
+    Args:
+        queries: [B, T], True at the tokens that gain sight (the image).
+        keys: [B, T], True at the tokens they see although these come later (the question).
+    """
     return Causal() | (Queries(queries) & Keys(keys))
 
 
@@ -100,14 +102,12 @@ def top_k_blocks(
     causal: bool = True,
     groups: int = 1,
 ) -> BlockList:
-    """The k best blocks of keys for each block of queries, chosen at run time (MoBA, NSA's
-    selection).
+    """The k best blocks of keys per block of queries, chosen at run time (MoBA, NSA).
 
     Always among the chosen: the first `force_first` blocks, the blocks that hold the row's own
-        positions and the
-    `force_local - 1` before them. Causal rows choose from the past and themselves and list fewer
-    than k blocks if there are fewer. No block is listed twice. Combine with `Causal()`: blocks are
-    whole.
+    positions and the `force_local - 1` before them. Causal rows choose from the
+    past and themselves, and list fewer than k blocks where there are fewer. No block is listed
+    twice. Combine with `Causal()`: blocks are whole.
 
     Args:
         scores: [B|1, heads, nq, nk], larger is better; not differentiated.

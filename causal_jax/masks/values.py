@@ -1,6 +1,4 @@
-"""The small print of masks as values: pytree registration, constants, numpy or jax, aligned ranks,
-clamped reads.
-"""
+"""The small print of masks as values: pytrees, constants, numpy or jax, clamped reads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +14,7 @@ C = TypeVar("C", bound=type)
 
 
 def pytree(*leaves: str) -> Callable[[C], C]:
-    """Class decorator: register a frozen dataclass whose fields named in `leaves` hold arrays or
-    masks.
+    """Class decorator: register a dataclass whose fields `leaves` hold arrays or masks.
 
     Unlike `jax.tree_util.register_dataclass` it does not run `__post_init__` when jax rebuilds an
     object: jax also does that with placeholders (axes of vmap, shardings), which a check of the
@@ -49,8 +46,7 @@ def pytree(*leaves: str) -> Callable[[C], C]:
 
 @jax.tree_util.register_static
 class Constant:
-    """An array that is part of the program instead of an argument: compared by content, no pytree
-    leaf.
+    """An array that is part of the program, not an argument: compared by content, no leaf.
 
     `Dense(constant(x))` is a static mask: its tile schedule is computed on the host; another x
     compiles again.
@@ -83,9 +79,7 @@ def constant(value: Any) -> Constant:
 
 
 def unwrap(x: Any) -> Any:
-    """The array behind a field that may be a `Constant`; other concrete arrays count as jax
-    arrays.
-    """
+    """The array behind a field: numpy for a `Constant`, else a jax array."""
     return x.value if isinstance(x, Constant) else jnp.asarray(x)
 
 
@@ -127,9 +121,7 @@ def shared_size(field: str, sizes: tuple[int, ...]) -> int:
 
 
 def read(x: Any, *index: Any) -> Any:
-    """x[index] with every index clamped into its axis; numpy only if x is a `Constant` and all
-    indices are numpy.
-    """
+    """x[index], every index clamped into its axis; numpy if x is a `Constant` and they are too."""
     x = unwrap(x)
     xp = namespace(x, *index)
     index = tuple(xp.clip(i, 0, n - 1) for i, n in zip(index, x.shape))
@@ -137,11 +129,15 @@ def read(x: Any, *index: Any) -> Any:
 
 
 def pad_rank(x: Any, rank: int) -> Any:
-    """The field x with axes of size 1 in front: below `vmap` an array lacks the axes that are
-    mapped over.
-    """
+    """The field x with axes of size 1 in front: below `vmap` it lacks those mapped over."""
     x = unwrap(x)
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+def field_shape(x: Any, rank: int) -> tuple[int, ...]:
+    """Shape of `pad_rank(x, rank)`."""
+    shape = np.shape(x.value if isinstance(x, Constant) else x)
+    return (1,) * (rank - len(shape)) + tuple(shape)
 
 
 def as_field(x: Any, rank: int) -> Any:
