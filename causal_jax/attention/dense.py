@@ -35,6 +35,8 @@ from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention
 
+TILES = Tiles()  # of "xla"
+
 
 def dense_attention(
     q: Float[Array, "B T N H"],
@@ -151,7 +153,7 @@ def _finite(x):
 
 def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     T, S = q.shape[1], k.shape[1]
-    tiles = Tiles().clip(T, S)
+    tiles = TILES.clip(T, S)
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     return block_sparse_attention(

@@ -237,7 +237,7 @@ def _over_units(cfg: _Config, body, carry) -> Any:
     return lax.fori_loop(0, math.prod(counts), turn, carry)
 
 
-def _over_tiles(cfg: _Config, schedule: Schedule, at, row: int, step, state):
+def _over_tiles(cfg: _Config, schedule: Schedule, at, row, step, state) -> Any:
     """`state = step(partial, j0, state)` for the live tiles of a row: full ones, then partial."""
     b = at[0] if schedule.full.shape[0] > 1 else 0
     h = at[1] * cfg.sizes[2] + at[2] if schedule.full.shape[1] > 1 else 0
