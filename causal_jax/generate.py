@@ -1,0 +1,407 @@
+"""Continue text with a trained model: `python -m causal_jax.generate --run DIR --prompt "..."`.
+
+    prompts --encode--> tokens --prefill--> cache, logits --(sample, extend)*--> tokens --> text
+
+Two layers, each usable alone: `generate` continues token sequences, `complete` continues texts. One
+device call decodes a chunk of steps, so that text can be shown while it is being made and nothing
+waits for the host in between; all rows of a batch run together, shorter prompts padded on the left.
+Each row draws from its own key, so a row's text depends on the seed and its place in the batch, not
+on its neighbours.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from causal_jax.data.tokenizers import Tokenizer
+from causal_jax.errors import InputError
+from causal_jax.sampling import Sampling, sample_logits
+from causal_jax.shapes import Array, Float, Int
+from causal_jax.training.run import Run, load_run
+
+__all__ = ["Completion", "Generated", "Sampling", "complete", "generate", "sample_logits"]
+
+CHUNK = 16  # steps per device call: few enough to stream, enough to hide the call
+_ROUND = 64  # cache lengths are multiples of this: similar requests share one compilation
+_DEFAULT = Sampling()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The continuation of one prompt.
+
+    Attributes:
+        tokens: int32 [n], without the prompt and without the stop token.
+        finish: "stop" (a stop token, or the caller's wish), "length" (max_tokens) or "context" (the
+            model's is full).
+    """
+
+    tokens: Int[np.ndarray, " n"]
+    finish: str
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = _DEFAULT,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    context: int | None = None,
+    on_tokens: Callable[[Int[np.ndarray, "B n"]], Any] | None = None,
+    chunk: int = CHUNK,
+) -> list[Generated]:
+    """Continue token sequences: one prefill, then chunks of cached steps.
+
+    Args:
+        model: a `DecoderModel`, or what has its `spec`, `init_cache`, `extend_hidden`, `extend` and
+            `unembed`.
+        prompts: ids of each prompt, at least one; lengths may differ.
+        max_tokens: at most so many new tokens per prompt.
+        seed: row r draws step s from fold_in(fold_in(key(seed), r), s).
+        stop_tokens: ids that end a row.
+        context: positions the model has; None: what its spec says. A row ends when all are used.
+        on_tokens: called after every chunk with its new ids [B, n], -1 where a row had ended; may
+            return booleans [B]: rows to end here.
+        chunk: steps per device call.
+
+    Returns:
+        One `Generated` per prompt.
+
+    Raises:
+        InputError: an empty prompt, an id outside the vocabulary, or a prompt that leaves no room
+            in the context.
+    """
+    context = int(model.spec.context if context is None else context)
+    rows = _check_prompts(prompts, model.spec.vocab, context, max_tokens)
+    if not rows:
+        return []
+    lengths = np.array([len(row) for row in rows])
+    limits = np.minimum(max_tokens, context - lengths)
+    graph, params = nnx.split(model)
+    carry = _prefill(graph, params, rows, int(limits.max()))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
+    stops = tuple(sorted(set(map(int, stop_tokens))))
+    pieces, asked_to_end = [], np.zeros(len(rows), bool)
+    for start in range(0, int(limits.max()), chunk):
+        steps = min(chunk, int(limits.max()) - start)
+        carry, new = _decode(
+            graph, params, carry, keys, limits, steps, chunk=chunk, sampling=sampling, stops=stops
+        )
+        new = np.array(new)[:, :steps]
+        # A stop token ends its row and is not part of it.
+        pieces.append(np.where(np.isin(new, stops), -1, new))
+        done = np.array(carry.done)
+        if on_tokens is not None:
+            wish = on_tokens(pieces[-1])
+            if wish is not None:
+                asked_to_end |= np.asarray(wish, bool)
+                done |= asked_to_end
+                carry = carry.replace_done(done)
+        if done.all():
+            break
+    ids = np.concatenate(pieces, axis=1)
+    out = []
+    for row, limit, asked in zip(ids, limits, asked_to_end, strict=True):
+        tokens = row[row >= 0]
+        full = "length" if limit == max_tokens else "context"
+        out.append(Generated(tokens, full if len(tokens) == limit and not asked else "stop"))
+    return out
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Carry:
+    cache: Any
+    logits: Float[Array, "B V"]  # of the next token
+    done: Array  # bool [B]
+    step: Array  # int32 []: tokens made so far
+
+    def replace_done(self, done: np.ndarray) -> "_Carry":
+        return _Carry(self.cache, self.logits, jnp.asarray(done), self.step)
+
+
+def _prefill(graph: Any, params: Any, rows: list[np.ndarray], new: int) -> _Carry:
+    longest = max(map(len, rows))
+    padding = np.array([longest - len(row) for row in rows], np.int32)
+    tokens = np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)])
+    length = -(-(longest + new) // _ROUND) * _ROUND
+    # Without padding the cache needs no starts, and the attention no mask for them.
+    return _read(graph, params, tokens, padding if padding.any() else None, length=length)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="length")
+def _read(graph: Any, params: Any, tokens: Array, start: Array | None, *, length: int) -> _Carry:
+    model = nnx.merge(graph, params)
+    cache = model.init_cache(len(tokens), length, start=start)
+    hidden, cache = model.extend_hidden(tokens, cache)
+    done = jnp.zeros(len(tokens), bool)
+    return _Carry(cache, model.unembed(hidden[:, -1]), done, jnp.zeros((), jnp.int32))
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("chunk", "sampling", "stops"), donate_argnums=2
+)
+def _decode(
+    graph: Any,
+    params: Any,
+    carry: _Carry,
+    keys: Array,
+    limits: Array,
+    steps: Array,
+    *,
+    chunk: int,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+) -> tuple[_Carry, Array]:
+    """Up to `steps` (<= chunk) sampled tokens [B, chunk]; -1 where a row had ended before."""
+    model = nnx.merge(graph, params)
+
+    def body(loop):
+        i, c, out = loop
+        token = jax.vmap(sampling)(c.logits, jax.vmap(jax.random.fold_in, (0, None))(keys, c.step))
+        out = out.at[:, i].set(jnp.where(c.done, -1, token))
+        ended = jnp.isin(token, jnp.array(stops, jnp.int32)) if stops else False
+        done = c.done | ended | (c.step + 1 >= limits)
+        logits, cache = model.extend(jnp.where(c.done, 0, token)[:, None], c.cache)
+        return i + 1, _Carry(cache, logits[:, 0], done, c.step + 1), out
+
+    start = (jnp.zeros((), jnp.int32), carry, jnp.full((len(keys), chunk), -1, jnp.int32))
+    _, carry, out = jax.lax.while_loop(
+        lambda loop: (loop[0] < steps) & ~loop[1].done.all(), body, start
+    )
+    return carry, out
+
+
+def _check_prompts(
+    prompts: Sequence[Sequence[int] | np.ndarray], vocab: int, context: int, max_tokens: int
+) -> list[np.ndarray]:
+    if max_tokens < 1:
+        raise InputError(f"max_tokens {max_tokens}: at least 1")
+    rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or len(row) == 0:
+            raise InputError(
+                f"prompt {number} has shape {row.shape}: a prompt is a list of at least one id"
+            )
+        if row.min() < 0 or row.max() >= vocab:
+            raise InputError(
+                f"prompt {number} has ids {row.min()} to {row.max()}:"
+                f" the model knows 0 to {vocab - 1}"
+            )
+        if len(row) >= context:
+            raise InputError(
+                f"prompt {number} has {len(row)} tokens: the model's context is {context}, which"
+                f" leaves no room for an answer; shorten it to {context - 1} or fewer"
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The continuation of one text.
+
+    Attributes:
+        text: what follows the prompt, cut before a stop string.
+        tokens: the ids it was made of (with a stop string: up to the one that completed it).
+        finish: as in `Generated`.
+    """
+
+    text: str
+    tokens: Int[np.ndarray, " n"]
+    finish: str
+
+
+def complete(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+    **settings: Any,
+) -> list[Completion]:
+    """Continue texts.
+
+    Args:
+        model, tokenizer: of one run; the tokenizer's bos (if any) goes in front, eos ends a row.
+        stop: strings that end a row; they are not part of its text.
+        on_text: called with (row, new text) as text becomes certain: whole characters, and nothing
+            that might yet turn out to be the beginning of a stop string.
+        settings: `max_tokens`, `sampling`, `seed`, `context`, `chunk` of `generate`.
+
+    Returns:
+        One `Completion` per prompt.
+    """
+    if any(not s for s in stop):
+        raise InputError("stop '': a stop string has at least one character")
+    front = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids = [np.array([*front, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
+    watches = [_Watch(tokenizer, tuple(stop)) for _ in prompts]
+
+    def on_tokens(new: np.ndarray) -> np.ndarray:
+        for row, (watch, tokens) in enumerate(zip(watches, new, strict=True)):
+            text = watch.push(tokens[tokens >= 0])
+            if text and on_text is not None:
+                on_text(row, text)
+        return np.array([watch.stopped for watch in watches])
+
+    stop_tokens = () if tokenizer.eos is None else (tokenizer.eos,)
+    made = generate(model, ids, stop_tokens=stop_tokens, on_tokens=on_tokens, **settings)
+    out = []
+    for row, (watch, result) in enumerate(zip(watches, made, strict=True)):
+        rest = watch.flush()
+        if rest and on_text is not None:
+            on_text(row, rest)
+        finish = "stop" if watch.stopped else result.finish
+        out.append(Completion(watch.text, result.tokens[: watch.used], finish))
+    return out
+
+
+class _Watch:
+    """The growing text of one row: what is certain, and whether a stop string has come."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.stream, self.stop = tokenizer.decode_stream(), stop
+        self.text, self.used, self.shown, self.stopped = "", 0, 0, False
+
+    def push(self, tokens: np.ndarray) -> str:
+        for token in tokens:
+            if self.stopped:
+                break
+            self.used += 1
+            self._add(self.stream.push(int(token)))
+        held = 0 if self.stopped else self._undecided()
+        return self._show(len(self.text) - held)
+
+    def flush(self) -> str:
+        if not self.stopped:
+            self._add(self.stream.flush())
+        return self._show(len(self.text))
+
+    def _add(self, new: str) -> None:
+        before, self.text = len(self.text), self.text + new
+        found = [self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop]
+        found = [at for at in found if at >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        ends = [n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
+        return max(ends, default=0)
+
+    def _show(self, until: int) -> str:
+        new, self.shown = self.text[self.shown : until], max(self.shown, until)
+        return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0 done, 2 the user's input is wrong."""
+    args = _parser().parse_args(argv)
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+        run = load_run(args.run, args.checkpoint)
+        _continue(run, args, sampling)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _continue(run: Run, args: argparse.Namespace, sampling: Sampling) -> None:
+    alone = len(args.prompt) == 1
+    if alone:
+        print(args.prompt[0], end="", flush=True)
+    done = complete(
+        run.model,
+        run.tokenizer,
+        args.prompt,
+        stop=args.stop,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if alone else None,
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        seed=args.seed,
+    )
+    if alone:
+        print()
+    for number, (prompt, made) in enumerate(zip(args.prompt, done, strict=True)):
+        if not alone:
+            print(f"=== prompt {number}\n{prompt}{made.text}")
+        print(
+            f"[prompt {number}: {len(made.tokens)} tokens, ended by {made.finish}]", file=sys.stderr
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m causal_jax.generate",
+        description="Continue text with the model of a run folder. One prompt is answered while it "
+        "is being written; several run as one batch and are printed when all are done.",
+        epilog='example: python -m causal_jax.generate --run runs/quickstart --prompt "The for '
+        'statement" --temperature 0.8 --top_p 0.95',
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="the run folder that training made")
+    add(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest, best (lowest validation loss) or a step number; default %(default)s",
+    )
+    add(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="text to continue; give it again for more prompts",
+    )
+    add(
+        "--max_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="at most so many new tokens per prompt; default %(default)s",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token, 1 samples as the model says; default %(default)s",
+    )
+    add("--top_k", type=int, metavar="K", help="sample among the K likeliest tokens only")
+    add(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample among the fewest tokens that together have probability P",
+    )
+    add(
+        "--min_p",
+        type=float,
+        metavar="P",
+        help="drop tokens less than P times as likely as the likeliest",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
