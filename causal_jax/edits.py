@@ -254,7 +254,7 @@ def _indexed(edit: Edit, name, x):
 def edited(edit: Edit, name: str, x):
     """x after the edit, gates aside.
 
-    Raises: InputError with the site's name if shape or dtype change, or index or payload do not fit.
+    Raises: InputError with the site's name: shape or dtype change, index or payload do not fit.
     """
     new = _whole(edit, name, x) if edit.index is None else _indexed(edit, name, x)
     if jnp.shape(new) != x.shape or jnp.result_type(new) != x.dtype:
