@@ -12,7 +12,14 @@ from causal_jax import config
 from causal_jax.attention import AttentionSpec, attention
 from causal_jax.bench import mask_names, peers
 from causal_jax.bench.options import pick, positive, words
-from causal_jax.bench.report import Record, Writer, add_ratios, case_table, plot_lines
+from causal_jax.bench.report import (
+    Record,
+    Writer,
+    add_ratios,
+    case_table,
+    plot_lines,
+    proportionality,
+)
 from causal_jax.bench.timing import Candidate, jax_candidate, matmul, matmul_flops, measure
 from causal_jax.errors import InputError
 
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
         records = run_case(case, subjects, names, baselines, args)
         writer.add(records)
         print(f"\n{_title(records[0])}\n{case_table(records, baselines)}", flush=True)
+    print_fits(writer.records)
     if writer.folder is not None:
         plot(writer)
 
@@ -217,6 +225,23 @@ def all_names() -> list[str]:
     return [n for n in attention.names() if "self-causal" in attention[n].patterns]
 
 
+def print_fits(records: list[Record]) -> None:
+    """How well time follows the live fraction, where a run has at least three different ones."""
+    groups: dict[tuple, list[tuple[float, float]]] = {}
+    for r in (r for r in records if "median_s" in r):
+        key = (r["name"], r["seq"], r["direction"])
+        groups.setdefault(key, []).append((r["live_fraction"], 1e3 * r["median_s"]))
+    fits = {key: proportionality(points) for key, points in groups.items()}
+    if any(fits.values()):
+        print("\nmilliseconds = a + b x (live fraction):")
+    for (name, n, direction), fit in fits.items():
+        if fit is not None:
+            print(
+                f"  {name}, n = {n}, {direction}: a = {fit['intercept']:.3g}, "
+                f"b = {fit['slope']:.3g}, R2 = {fit['r2']:.4f}"
+            )
+
+
 def plot(writer: Writer) -> None:
     """Time against length (a panel per mask) and live fraction (a panel per length)."""
     assert writer.folder is not None
@@ -231,7 +256,7 @@ def plot(writer: Writer) -> None:
             panels: dict[str, dict[str, list]] = {}
             for r in rows:
                 title = f"n = {r['seq']}" if panel == "seq" else r[panel]
-                point = (r[x], 1e3 * r["median_s"], r["mask"])
+                point = (float(r[x]), 1e3 * r["median_s"], r["mask"])
                 panels.setdefault(title, {}).setdefault(r["name"], []).append(point)
             path = writer.folder / f"attention_{short}_vs_{file}.png"
             heading = f"{direction}, {writer.env['device']}, {rows[0]['dtype']}"

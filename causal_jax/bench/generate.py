@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
         path = writer.folder / "generate_step_vs_position.png"
         panels: dict[str, dict[str, list]] = {}
         for r in (r for r in writer.records if r["group"] == "generate"):
-            points = [(p, 1e3 * s, "") for p, s in zip(r["positions"], r["step_s"])]
+            points = [(float(p), 1e3 * s, "") for p, s in zip(r["positions"], r["step_s"])]
             panels.setdefault(f"batch {r['batch']}", {})[r["name"]] = points
         title = f"decoding step by position, {writer.env['device']}"
         if plot_lines(
@@ -118,7 +118,11 @@ def continuation(
         made.append(ids.shape[1])
 
     generate(
-        model, list(prompts), max_tokens=tokens, sampling=Sampling(temperature=0), on_tokens=arrived
+        model,
+        list(prompts),
+        max_tokens=tokens,
+        sampling=Sampling(temperature=0.0),
+        on_tokens=arrived,
     )
     return np.array(clock), np.cumsum(made), time.perf_counter() - start
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from causal_jax.errors import InputError
 
 Record = dict[str, Any]
@@ -52,8 +54,8 @@ def case_table(records: Sequence[Record], baselines: Sequence[str]) -> str:
     for r in timed:
         row = [
             r["name"],
-            f"{1e3 * r['median_s']:.3g}",
-            f"{1e3 * r['min_s']:.3g}",
+            milliseconds(r["median_s"]),
+            milliseconds(r["min_s"]),
             f"{100 * r['spread']:.0f} %",
             f"{r['compile_s']:.2f}",
             mib(r["temp_bytes"]),
@@ -73,6 +75,11 @@ def case_table(records: Sequence[Record], baselines: Sequence[str]) -> str:
             + ", ".join(ratios)
         )
     return "\n".join(filter(None, [text, *notes]))
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with three digits at least."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def mib(value: int | None) -> str:
@@ -102,6 +109,16 @@ class Writer:
             with (self.folder / "bench.jsonl").open("a") as f:
                 for r in records:
                     f.write(json.dumps(r | {"env": self.env}) + "\n")
+
+
+def proportionality(points: Sequence[tuple[float, float]]) -> Record | None:
+    """Least squares y = intercept + slope x, and r2; None for fewer than three different x."""
+    x, y = (np.array(c, np.float64) for c in zip(*points))
+    if np.unique(x).size < 3:
+        return None
+    slope, intercept = np.polyfit(x, y, 1)
+    rest, total = np.sum((y - slope * x - intercept) ** 2), np.sum((y - y.mean()) ** 2)
+    return {"slope": slope, "intercept": intercept, "r2": 1 - rest / total}
 
 
 def plot_lines(
@@ -138,12 +155,12 @@ def plot_lines(
         for name, points in lines.items():
             points = sorted(points)
             colour = f"C{names.index(name) % 10}"
-            ax.plot([p[0] for p in points], [p[1] for p in points], "o-", color=colour, label=name)
+            ax.plot(*zip(*(p[:2] for p in points)), "o-", color=colour, label=name, linewidth=1)
         if log:
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
         else:
-            ax.set_xlim(left=0)
+            ax.set_xlim(0, 1.15 * ax.get_xlim()[1])
             ax.set_ylim(bottom=0)
             for x, y, label in {p[2]: p for pts in lines.values() for p in pts}.values():
                 ax.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
