@@ -1,5 +1,6 @@
 """Sources: real builders, real files, the exact held-out part, and what is said of bad input."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -163,8 +164,12 @@ def test_tfds_that_cannot_be_downloaded_says_so(tmp_path):
         text=True,
         env=nowhere | {"JAX_PLATFORMS": "cpu"},
     )
-    assert "is not prepared under" in done.stdout, done.stderr
-    assert "Tfds.data_dir" in done.stdout
+    if importlib.util.find_spec("importlib_resources"):
+        assert "is not prepared under" in done.stdout, done.stderr
+        assert "ProxyError" in done.stdout
+        assert "Tfds.data_dir" in done.stdout
+    else:  # which tensorflow-datasets 4.9 needs for it, and does not declare
+        assert "needs the package importlib_resources to prepare it" in done.stdout
 
 
 # --- your own text ------------------------------------------------------------------------------

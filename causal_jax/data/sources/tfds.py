@@ -16,8 +16,7 @@ class Tfds(Source):
     """A named set, prepared beforehand in `data_dir` or downloaded on first use.
 
     Args:
-        name: as in `tfds.builder`: "tiny_shakespeare", "wikitext/wikitext-2-raw" where available,
-            "lm1b", "pg19".
+        name: as in `tfds.builder`: "tiny_shakespeare", "lm1b", "pg19".
         data_dir: folder of prepared sets; "" is tensorflow-datasets' own default (or
             $TFDS_DATA_DIR).
         field: the text feature.
@@ -76,15 +75,32 @@ class Tfds(Source):
         except (ValueError, RuntimeError) as e:
             raise InputError(f"Tfds.name = {self.name!r}: {e}") from None
         if not builder.data_path.exists():
-            try:
-                builder.download_and_prepare()
-            except Exception as e:  # the network, the disk, the set's own requirements
-                raise InputError(
-                    f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and "
-                    f"could not be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it "
-                    "where there is a network and give that folder as Tfds.data_dir"
-                ) from None
+            self._download(tfds, builder)
         return builder
+
+    def _download(self, tfds: Any, builder: Any) -> None:
+        from tensorflow_datasets.core.download import downloader
+
+        # Its ten retries keep a machine without a network waiting for more than three minutes.
+        retries, downloader.MAX_RETRIES = getattr(downloader, "MAX_RETRIES", None), 4
+        try:
+            # Copies in Google's storage need TensorFlow and are not array_record: make it here.
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
+        except ImportError as e:
+            raise InputError(
+                f"Tfds.name = {self.name!r}: tensorflow-datasets needs the package {e.name} to "
+                f"prepare it: pip install {e.name}"
+            ) from None
+        except Exception as e:  # the network, the disk, the set's own requirements
+            raise InputError(
+                f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and could "
+                f"not be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it where there is a "
+                "network and give that folder as Tfds.data_dir"
+            ) from None
+        finally:
+            downloader.MAX_RETRIES = retries
 
     def fingerprint(self) -> str:
         # The documents may be many millions: name, version and the sizes of the shards stand for
