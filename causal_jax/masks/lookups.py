@@ -7,6 +7,7 @@ last entry.
 
 import dataclasses
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -64,9 +65,9 @@ class BlockList(Mask):
     def __post_init__(self):
         set_size(self, "block_q", 1)
         set_size(self, "block_k", 1)
+        if isinstance(self.idx, list | tuple | np.ndarray):
+            object.__setattr__(self, "idx", constant(self.idx))
         check_array(self, "idx", "integer", (2, 4), "[B|1, N|1, nq, K] or [nq, K]")
-        if isinstance(self.idx, np.ndarray):
-            object.__setattr__(self, "idx", constant(self.idx.astype(np.int32)))
 
     @property
     def batch(self) -> int:
@@ -306,7 +307,27 @@ class Dense(Mask):
         return read(as_field(self.array, 4), b, h, i, j)
 
     def _status(self, t):
-        return evaluate(Partial(Dense._allow, self), t)
+        if not isinstance(self.array, Constant) or namespace(*t[:6]) is jnp:
+            return evaluate(Partial(Dense._allow, self), t)
+        counts = _counts(as_field(self.array, 4))
+        B, N = counts.shape[:2]
+        T, S = counts.shape[2] - 1, counts.shape[3] - 1
+        b, h = np.clip(t.b, 0, B - 1), np.clip(t.h, 0, N - 1)
+        q0, q1 = np.clip(t.q0, 0, T - 1), np.clip(t.q1 - 1, 0, T - 1) + 1
+        k0, k1 = np.clip(t.k0, 0, S - 1), np.clip(t.k1 - 1, 0, S - 1) + 1
+        inside = counts[b, h, q1, k1] - counts[b, h, q0, k1] - counts[b, h, q1, k0]
+        inside = inside + counts[b, h, q0, k0]
+        return tri(inside == 0, inside == (q1 - q0) * (k1 - k0))
+
+
+@lru_cache(maxsize=4)
+def _counts(array: Constant) -> np.ndarray:
+    """Number of allowed entries before row i and column j, [B, N, T + 1, S + 1]."""
+    B, N, T, S = array.value.shape
+    out = np.zeros((B, N, T + 1, S + 1), np.int32)
+    np.cumsum(array.value, axis=3, dtype=np.int32, out=out[:, :, 1:, 1:])
+    np.cumsum(out, axis=2, out=out)
+    return out
 
 
 @pytree("aux")

@@ -178,3 +178,5 @@ def check_array(mask: Any, field: str, kind: str, ranks: tuple[int, ...], shape:
         raise InputError(
             f"{type(mask).__name__}: {field} is {got}: expected a {kind} array {shape}"
         )
+    if isinstance(value, Constant) and max(ranks) > 1:
+        object.__setattr__(mask, field, as_field(value, max(ranks)))  # reads need not reshape it
