@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+from argparse import Namespace
 
 import jax
 import numpy as np
 import pytest
 
+from causal_jax.attention import attention
 from causal_jax.bench import attention as bench_attention
 from causal_jax.bench import main, mask_names, timing
 from causal_jax.bench.generate import record
@@ -204,6 +206,25 @@ def test_live_tiles_are_what_is_paid_for():
     assert both["live_flops"] == 3.5 * causal["live_flops"]
 
 
+def test_own_cases_of_a_mechanism():
+    shape = dict.fromkeys(["seq", "heads", "kv_heads", "head_dim", "batch"])
+    problems = bench_attention.own_cases(Namespace(names="dense", **shape))
+    cases = [c for c in attention.cases("dense", "bench") if c.S is None]
+    assert sum(len(subjects) for _, subjects in problems) == len(cases) > 0
+    for (shape, subjects), case in zip(problems, cases):
+        assert shape[:2] == case.shape[:2]
+        assert subjects[0][1] == attention["dense"](**case.spec)
+
+
+def test_a_window_of_the_mechanism_counts_as_its_own_work():
+    named = mask_names.parse("causal", 1024)
+    case = bench_attention.make_case(named, (1, 1024, 2, 2, 8), "float32", False, 0)
+    _, narrow, _ = bench_attention.parse_subject("dense:window=1")
+    _, wide, _ = bench_attention.parse_subject("dense")
+    assert bench_attention.useful_flops(wide, case) == 36 * 4 * 128 * 128 * 8 * 2
+    assert bench_attention.useful_flops(narrow, case) == 15 * 4 * 128 * 128 * 8 * 2
+
+
 def test_fit_against_the_live_fraction():
     line = [(x, 2.0 + 3.0 * x) for x in (0.1, 0.2, 0.7)]
     fit = proportionality(line)
@@ -245,6 +266,8 @@ def test_settings_of_a_mechanism_on_the_command_line():
         ("attention --seq 12x", "whole numbers"),
         ("attention --seq ,", "at least one"),
         ("attention --heads 4 --kv_heads 3", "multiple of kv_heads"),
+        ("attention --cases --seq 32", "shapes come from the mechanisms"),
+        ("attention --cases --names dense:window=3", "settings come from the cases"),
         ("attention --baseline torch --peers jax", "baseline"),
         ("attention --repeats 0", "at least 1"),
         ("attention --config x.py", "no model"),
@@ -286,11 +309,9 @@ def test_torch_peer_gives_the_same_logits(tied):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_torch_peer_learns_the_same(optimizer, config_file):
     pytest.importorskip("torch")
-    from types import SimpleNamespace
-
     from causal_jax.bench import recipes, train
 
-    args = SimpleNamespace(config=f"{config_file}:{optimizer}", overrides=[])
+    args = Namespace(config=f"{config_file}:{optimizer}", overrides=[])
     recipe = recipes.load(args)
     batch = recipes.random_batch(recipe, 0)
     own, weights, first = train.our_step(recipe, batch)

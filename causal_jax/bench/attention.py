@@ -22,6 +22,7 @@ from causal_jax.bench.report import (
 )
 from causal_jax.bench.timing import Candidate, jax_candidate, matmul, matmul_flops, measure
 from causal_jax.errors import InputError
+from causal_jax.masks import Mask
 
 TILE = 128  # granularity at which live tiles, and so useful operations, are counted
 
@@ -36,11 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(dense, dense/reference, dense:window=256:sinks=4)",
     )
     parser.add_argument("--masks", default="causal", metavar="LIST", help="see below")
-    parser.add_argument("--seq", default="2048", metavar="LIST", help="sequence lengths")
-    parser.add_argument("--heads", type=int, default=4, help="query heads")
-    parser.add_argument("--kv_heads", type=int, default=0, help="key/value heads (0: as heads)")
-    parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--cases",
+        action="store_true",
+        help="every mechanism's own benchmark cases (shape and settings) instead of the next five",
+    )
+    parser.add_argument("--seq", metavar="LIST", help="sequence lengths (default 2048)")
+    parser.add_argument("--heads", type=int, help="query heads (default 4)")
+    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: as heads)")
+    parser.add_argument("--head_dim", type=int, help="default 64")
+    parser.add_argument("--batch", type=int, help="default 1")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--bwd", action="store_true", help="also time forward + backward")
     parser.add_argument(
@@ -53,28 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
+Subject = tuple[str, AttentionSpec, str | None]  # label, mechanism, implementation named or None
+Shape = tuple[int, int, int, int, int]  # B, T, N, K, H
+
+
 def run(args: argparse.Namespace, writer: Writer) -> None:
     """Time every case and print its table as it is finished."""
-    subjects = [parse_subject(s) for s in words(args.names, "names", all_names)]
+    problems = own_cases(args) if args.cases else chosen_shapes(args)
     names = [] if args.peers == "none" else words(args.peers, "peers")
     pick(names, peers.PEERS, "peer")
-    lengths = [positive(s, "seq") for s in words(args.seq, "seq")]
     baselines = words(args.baseline, "baseline") if args.baseline else names
-    known = [*names, *(s[0] for s in subjects)]
-    pick(baselines, known, "baseline in this run")
-    kv_heads = args.kv_heads or args.heads
-    if min(args.heads, kv_heads, args.head_dim, args.batch) < 1 or args.heads % kv_heads:
-        raise InputError(
-            f"--heads {args.heads} --kv_heads {kv_heads} --head_dim {args.head_dim} "
-            f"--batch {args.batch}: all at least 1, heads a multiple of kv_heads"
-        )
+    pick(baselines, [*names, *(s[0] for _, subjects in problems for s in subjects)], "baseline")
     # every mask is made once before the first minute of measuring, so that a mistake costs nothing
-    masks = {(m, n): mask_names.parse(m, n) for m in words(args.masks, "masks") for n in lengths}
-    for n, (m, backward) in itertools.product(
-        lengths, itertools.product(words(args.masks, "masks"), (False, True)[: 1 + args.bwd])
-    ):
-        shape = (args.batch, n, args.heads, kv_heads, args.head_dim)
-        case = make_case(masks[m, n], shape, args.dtype, backward, args.seed)
+    wanted = words(args.masks, "masks")
+    masks = {(m, s[1]): mask_names.parse(m, s[1]) for m in wanted for s, _ in problems}
+    directions = (False, True) if args.bwd else (False,)
+    for (shape, subjects), m, backward in itertools.product(problems, wanted, directions):
+        case = make_case(masks[m, shape[1]], shape, args.dtype, backward, args.seed)
         records = run_case(case, subjects, names, baselines, args)
         writer.add(records)
         print(f"\n{_title(records[0])}\n{case_table(records, baselines)}", flush=True)
@@ -83,15 +84,54 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
         plot(writer)
 
 
+def chosen_shapes(args: argparse.Namespace) -> list[tuple[Shape, list[Subject]]]:
+    """All mechanisms at the shapes given on the command line."""
+    subjects = [parse_subject(s) for s in words(args.names, "names", all_names)]
+    lengths = [positive(s, "seq") for s in words(args.seq or "2048", "seq")]
+    sizes = {"batch": args.batch, "heads": args.heads, "head_dim": args.head_dim}
+    defaults = {"batch": 1, "heads": 4, "head_dim": 64}
+    B, N, H = (defaults[k] if v is None else v for k, v in sizes.items())
+    K = N if args.kv_heads is None else args.kv_heads
+    if min(B, N, K, H) < 1 or N % K:
+        raise InputError(
+            f"--batch {B} --heads {N} --kv_heads {K} --head_dim {H}: "
+            "all at least 1, heads a multiple of kv_heads"
+        )
+    return [((B, n, N, K, H), subjects) for n in lengths]
+
+
+def own_cases(args: argparse.Namespace) -> list[tuple[Shape, list[Subject]]]:
+    """The cases tagged "bench" in the registry, those of one shape together."""
+    for option in ("seq", "heads", "kv_heads", "head_dim", "batch"):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option}: with --cases the shapes come from the mechanisms")
+    problems: dict[Shape, list[Subject]] = {}
+    for text in words(args.names, "names", all_names):
+        label, _, implementation = parse_subject(text)
+        name = label.partition("/")[0]
+        if ":" in label:
+            raise InputError(f"--names {text!r}: with --cases the settings come from the cases")
+        for c in attention.cases(name, "bench"):
+            B, T, N, H = c.shape
+            if c.S not in (None, T):
+                continue  # cross-attention: the masks here are of self-attention
+            fields = "".join(f":{k}={v}" for k, v in c.spec.items())
+            subject = (label + fields, attention[name](**c.spec), implementation)
+            problems.setdefault((B, T, N, c.kv_heads or N, H), []).append(subject)
+    if not problems:
+        raise InputError(f"--cases: {args.names} has no benchmark cases")
+    return list(problems.items())
+
+
 def run_case(
     case: peers.Case,
-    subjects: list[tuple[str, AttentionSpec, str | None]],
+    subjects: list[Subject],
     names: list[str],
     baselines: list[str],
     args: argparse.Namespace,
 ) -> list[Record]:
     """One record per mechanism and peer, all timed in turns."""
-    candidates, refused, chosen = [], [], {}
+    candidates, refused, chosen, flops = [], [], {}, {}
     makers = [(name, functools.partial(peers.PEERS[name], name, case)) for name in names]
     makers += [
         (name, functools.partial(subject_candidate, name, spec, implementation, case))
@@ -104,6 +144,7 @@ def run_case(
             refused.append({"name": name, "note": str(e)})
     for name, spec, implementation in subjects:
         chosen[name] = chosen_by(spec, implementation, case)
+        flops[name] = useful_flops(spec, case)
     ceiling = matmul(case.dtype)
     *timings, top = measure([*candidates, ceiling], repeats=args.repeats, rss=args.rss)
     per_second = matmul_flops() / min(top.seconds)
@@ -112,7 +153,8 @@ def run_case(
     records = []
     for timing in timings:
         r = common | timing.record() | {"max_diff": differences.get(timing.name)}
-        r["flops_per_s"] = common["live_flops"] / timing.median
+        r["flops"] = flops.get(timing.name, common["live_flops"])
+        r["flops_per_s"] = r["flops"] / timing.median
         r["of_matmul"] = r["flops_per_s"] / per_second
         r["matmul_flops_per_s"] = per_second
         if chosen.get(timing.name):
@@ -124,13 +166,9 @@ def run_case(
 
 
 def make_case(
-    mask: mask_names.NamedMask,
-    shape: tuple[int, int, int, int, int],
-    dtype: str,
-    backward: bool,
-    seed: int,
+    mask: mask_names.NamedMask, shape: Shape, dtype: str, backward: bool, seed: int
 ) -> peers.Case:
-    """Normal random q, k, v and cotangent for shape (B, T, N, K, H)."""
+    """Normal random q, k, v and cotangent."""
     B, T, N, K, H = shape
     rng = np.random.default_rng(seed)
     q, k, v, do = (rng.standard_normal((B, T, n, H), np.float32) for n in (N, K, K, N))
@@ -181,16 +219,9 @@ def max_differences(candidates: list[Candidate]) -> dict[str, float]:
 
 
 def describe(case: peers.Case) -> Record:
-    """The case as one JSON object, with the operations its live tiles need.
-
-    A live tile of b x b entries costs 2 products of 2 b b H operations forward, 5 backward.
-    """
+    """The case as one JSON object."""
     (B, T, N, H), K = case.q.shape, case.k.shape[2]
-    tile = min(TILE, T)
-    blocks = case.mask.mask.block_map(T, T, tile, tile)
-    cnt = np.asarray(blocks.cnt)
-    live = float(np.broadcast_to(cnt, (B, N, cnt.shape[-1])).sum())
-    products = 7 if case.backward else 2
+    live, every = live_tiles(case.mask.mask, B, T, N)
     return {
         "group": "attention",
         "mask": case.mask.name,
@@ -201,12 +232,35 @@ def describe(case: peers.Case) -> Record:
         "kv_heads": K,
         "head_dim": H,
         "dtype": case.dtype,
-        "live_fraction": live / (B * N * (-(-T // tile)) ** 2),
-        "live_flops": products * 2.0 * tile * tile * H * live,
+        "live_fraction": live / every,
+        "live_flops": tile_flops(case, live),
     }
 
 
-def parse_subject(text: str) -> tuple[str, AttentionSpec, str | None]:
+def live_tiles(mask: Mask, B: int, T: int, N: int) -> tuple[float, int]:
+    """(live tiles, all tiles) over batch and heads."""
+    tile = min(TILE, T)
+    cnt = np.asarray(mask.block_map(T, T, tile, tile).cnt)
+    return float(np.broadcast_to(cnt, (B, N, cnt.shape[-1])).sum()), B * N * (-(-T // tile)) ** 2
+
+
+def tile_flops(case: peers.Case, live: float) -> float:
+    """Operations of `live` tiles b x b: 2 products of 2 b b H each forward, 5 more backward."""
+    tile, products = min(TILE, case.length), 7 if case.backward else 2
+    return products * 2.0 * tile * tile * case.q.shape[-1] * live
+
+
+def useful_flops(spec: AttentionSpec, case: peers.Case) -> float:
+    """Operations to be done: of the live tiles, or the mechanism's count if it approximates."""
+    (B, T, N, H), allowed = case.q.shape, getattr(spec, "allowed", None)
+    if allowed is not None:
+        return tile_flops(case, live_tiles(allowed(case.mask.mask), B, T, N)[0])
+    if spec.exact_when(T):
+        return tile_flops(case, live_tiles(case.mask.mask, B, T, N)[0])
+    return B * spec.cost(T, T, N, H, H) * (3.5 if case.backward else 1.0)
+
+
+def parse_subject(text: str) -> Subject:
     """`NAME[/IMPLEMENTATION][:FIELD=VALUE...]` -> (the text, the spec, the implementation)."""
     head, *fields = text.split(":")
     name, _, implementation = head.partition("/")
