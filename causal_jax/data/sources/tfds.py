@@ -95,9 +95,9 @@ class Tfds(Source):
             ) from None
         except Exception as e:  # the network, the disk, the set's own requirements
             raise InputError(
-                f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and could "
-                f"not be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it where there is a "
-                "network and give that folder as Tfds.data_dir"
+                f"Tfds.name = {self.name!r} is not prepared under {builder.data_path} and "
+                f"could not be downloaded ({type(e).__name__}: {str(e)[:200]}); prepare it where "
+                "there is a network and give that folder as Tfds.data_dir"
             ) from None
         finally:
             downloader.MAX_RETRIES = retries
