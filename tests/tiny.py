@@ -8,11 +8,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from causal_jax.models._base import ModelSpec
 from causal_jax.nn.linear import Embed, Linear
 from causal_jax.nn.norm import RMSNorm
+from causal_jax.objectives.next_token import NextToken
+from causal_jax.training import state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TinyModel(nnx.Module):
         self.norm = RMSNorm(spec.width)
 
     def hidden(self, tokens, *, segments=None, positions=None, key=None):
-        x = self.embed(tokens, jnp.float32)
+        x = self.embed(tokens, jnp.dtype("float32"))
         if key is not None and self.spec.noise:
             x = x + self.spec.noise * jax.random.normal(key, x.shape)
         count = jnp.arange(1, x.shape[1] + 1, dtype=jnp.float32)[None, :, None]
@@ -73,3 +76,32 @@ class TinyModel(nnx.Module):
 
     def unembed(self, h):
         return jnp.einsum("btd,vd->btv", h, self.embed.table[...])
+
+
+NEXT = NextToken()
+
+
+def random_batch(rows, length, vocab, seed=0):
+    """A batch in which every row has another number of targets."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length + 1), dtype=np.int32)
+    counts = rng.integers(1, length + 1, rows)
+    position = np.arange(length, dtype=np.int32)[None]
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": (position < counts[:, None]).astype(np.float32),
+        "segments": np.zeros((rows, length), np.int32),
+        "positions": np.repeat(position, rows, axis=0),
+    }
+
+
+def make_run(spec, optimizer, mesh, *, objective=NEXT, steps=10, accumulate=1, ema=None):
+    """(state at step 0, step function, abstract state) on a mesh."""
+    tx = optimizer.transformation()
+    abstract, _ = state.abstract_state(spec, tx, mesh, ema=ema is not None)
+    graph = state.graph_of(spec)
+    run = step.make_step(
+        graph, objective, optimizer, abstract, mesh, steps=steps, accumulate=accumulate, ema=ema
+    )
+    return state.new_state(spec, tx, abstract, 0), run, abstract

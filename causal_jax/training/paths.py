@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-# Layers are stacked along a leading axis under this path; rules are written for one layer.
-STACKED = r"(^|/)blocks/"
+from causal_jax.errors import InputError
 
 
 def leaf_name(path: tuple) -> str:
@@ -37,6 +36,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def matches(pattern: str, tree: Any) -> Any:
     """A tree of booleans: whether `pattern` is found in the leaf's name."""
     return map_named(lambda name, _: re.search(pattern, name) is not None, tree)
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """Refuse what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise InputError(f"{field} = {pattern!r} is not a regular expression: {e}") from e
 
 
 def _word(key: Any) -> str:

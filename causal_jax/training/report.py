@@ -106,7 +106,9 @@ class Reporter:
         return finite
 
     def _emit(self, step: int) -> None:
-        values = {name: t / c if c else math.nan for name, (t, c) in self._sums.items()}
+        values: dict[str, float | int] = {
+            n: t / c if c else math.nan for n, (t, c) in self._sums.items()
+        }
         values |= self.last
         if self._skipped:
             values["skipped"] = self._skipped
@@ -124,7 +126,7 @@ class Reporter:
         self._sums, self._skipped = {}, 0
         self._clock, self._away, self._since = now, 0.0, step
 
-    def _say_step(self, step: int, values: dict[str, float], eta: float) -> None:
+    def _say_step(self, step: int, values: dict[str, float | int], eta: float) -> None:
         parts = [f"step {step:>{len(str(self.total))}}/{self.total}"]
         if "loss" in values:
             parts.append(f"loss {values['loss']:.4f}")
@@ -142,7 +144,7 @@ class Reporter:
             parts.append(f"skipped {values['skipped']}")
         self.say("  ".join(parts))
 
-    def validation(self, step: int, values: dict[str, float], *, final: bool = False) -> None:
+    def validation(self, step: int, values: dict[str, float | int], *, final: bool = False) -> None:
         """Record a validation."""
         self._write("final" if final else "validation", step, values)
         shown = [f"validation loss {values['loss']:.4f}"]
@@ -164,7 +166,7 @@ class Reporter:
         if self.primary:
             say(self.folder, text)
 
-    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, step: int, values: dict[str, float | int]) -> None:
         if not self.primary:
             return
         record = {"split": split, "step": step} | {k: _plain(v) for k, v in values.items()}
@@ -285,7 +287,7 @@ def _tensorboard(folder: Path, start: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
 
-def _plain(value: float) -> float | int | None:
+def _plain(value: float | int) -> float | int | None:
     return value if isinstance(value, int) or math.isfinite(value) else None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.errors import InputError
-from causal_jax.training.paths import map_named
+from causal_jax.training.paths import check_pattern, map_named
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -64,6 +64,7 @@ class MeshSpec:
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise InputError(f"only one axis of the mesh may be -1, got {self.text()}")
         for pattern, axes in self.rules:
+            check_pattern("mesh.rules", pattern)
             for axis in axes:
                 if axis is not None and axis not in AXES:
                     raise InputError(f"mesh.rules {pattern!r}: no axis {axis!r} (known: {AXES})")

@@ -1,7 +1,6 @@
 """The optimizer contract and the learning-rate schedule."""
 
 import dataclasses
-import re
 from typing import Literal
 
 import jax
@@ -10,7 +9,7 @@ import optax
 
 from causal_jax.errors import InputError
 from causal_jax.registry import Registry
-from causal_jax.training.paths import matches
+from causal_jax.training.paths import check_pattern, matches
 
 optimizers = Registry("optimizer", "causal_jax.training.optimizer")
 
@@ -112,11 +111,3 @@ class Optimizer:
     def learning_rate(self, step: jax.Array | int, steps: int) -> jax.Array:
         """lr(t) for update `step` (from 0) of `steps`."""
         return self.lr * self.schedule(step, steps)
-
-
-def check_pattern(field: str, pattern: str) -> None:
-    """Refuse what is not a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise InputError(f"{field} = {pattern!r} is not a regular expression: {e}") from e
