@@ -68,7 +68,10 @@ def case_table(records: Sequence[Record], baselines: Sequence[str]) -> str:
     spread = max((r["spread"] for r in timed), default=0.0)
     if spread > UNSTEADY and present:
         ratios = (
-            f"{r['name']} {x:.2f}x {b}" for r in timed for b, x in r["faster_than_by_min"].items()
+            f"{r['name']} {x:.2f}x {b}"
+            for r in timed
+            if r["name"] not in present
+            for b, x in r["faster_than_by_min"].items()
         )
         notes.append(
             f"unsteady machine (spread up to {100 * spread:.0f} %); by the smallest samples: "

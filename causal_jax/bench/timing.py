@@ -5,8 +5,10 @@ are compiled first, then take turns (A B C A B C ...), and only ratios within on
 Compilation is timed apart and never enters a sample.
 """
 
+import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -225,11 +227,19 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "jax": jax.__version__,
         "causal_jax": causal_jax.__version__,
+        **_versions("jax", "jaxlib", "torch", "tokamax"),
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def commit() -> str | None:
