@@ -251,12 +251,12 @@ def _indexed(edit: Edit, name, x):
     return new if mask is None else jnp.where(mask, new, x)
 
 
-def edited(edit: Edit, name: str, x):
+def edited(edit: Edit, name: str, x) -> Any:
     """x after the edit, gates aside.
 
     Raises: InputError with the site's name: shape or dtype change, index or payload do not fit.
     """
-    new = _whole(edit, name, x) if edit.index is None else _indexed(edit, name, x)
+    new: Any = _whole(edit, name, x) if edit.index is None else _indexed(edit, name, x)
     if jnp.shape(new) != x.shape or jnp.result_type(new) != x.dtype:
         raise InputError(
             f"site {name!r} is {x.dtype}{list(x.shape)}; the edit made it "

@@ -98,7 +98,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class YaRN:
-    """YaRN (Peng et al., arXiv:2309.00071): a ramp between kept and slowed pairs, and a temperature.
+    """YaRN (Peng et al., arXiv:2309.00071): a ramp from kept to slowed pairs, and a temperature.
 
     Pair p(r) = R ln(original_context / 2 pi r) / (2 ln base) makes r turns in the original context.
     Up to pair p(beta_fast) f is kept, from p(beta_slow) on it is f / factor, linear between. cos

@@ -50,15 +50,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from causal_jax import loops
 from causal_jax.edits import Edit, Site, edited, is_bool, selected, site
 from causal_jax.errors import InputError
 
 __all__ = ["OFF", "Edit", "Site", "Tap", "grad_sites", "run", "site", "sites"]
-
-POLICIES = {
-    "full": None,  # keep nothing, recompute the layer
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep x @ w, not scores
-}
 
 
 @dataclasses.dataclass
@@ -155,55 +151,38 @@ class Tap:
         """
         period = isinstance(f, tuple)
         fs, xs = (f, xs) if period else ((f,), (xs,))
-        repeats, p = _repeats(fs, xs, length), len(fs)
-        stop = start + repeats * p
+        p, repeats = len(fs), loops.repeats(len(fs), xs, length)
+        turns = range(start, start + repeats * p)
         if not self.off and axis in self.axes:
-            raise InputError(
-                f"tap.loop: {axis!r} inside {axis!r}; give one of the loops another name"
-            )
-        edits, payload = self._payloads(axis, start, stop)
-        seen = {}  # number of the turn (of the body, when scanned) -> its frame without values
+            raise InputError(f"tap.loop: {axis!r} inside {axis!r}; one needs another name")
+        edits, payload = self._payloads(axis, turns)
+        seen = {}  # place of the turn (of the body, when scanned) -> its frame without values
 
-        def turn(number, j, index, carry, x, payload):
-            tap = self if self.off else self._inside(axis, index, stop, edits, payload)
-            carry, y = fs[j](carry, x, tap)
+        def turn(place, number, carry, x, payload):
+            tap = self if self.off else self._inside(axis, number, turns.stop, edits, payload)
+            carry, y = fs[place % p](carry, x, tap)
             frame = {} if self.off else tap.frame
-            seen[number] = {k: dataclasses.replace(r, value=None) for k, r in frame.items()}
+            seen[place] = {k: dataclasses.replace(r, value=None) for k, r in frame.items()}
             return carry, y, {k: r.value for k, r in frame.items() if r.captured}
 
-        def body(number, j, index):
-            return _remat(functools.partial(turn, number, j, index), remat, prevent_cse=not scan)
-
-        def scanned(carry, inputs):
-            xs, index, payload = inputs
-            outs = []
-            for j in range(p):
-                number = index + j if j and index is not None else index
-                mine = payload if p == 1 else _at(payload, j)
-                carry, *out = body(j, j, number)(carry, xs[j], mine)
-                outs.append(out)
-            return carry, outs
+        def body(place, number):
+            this = functools.partial(turn, place, number)
+            return loops.rematerialised(this, remat, prevent_cse=not scan)
 
         if scan:
             gated = any(axis in e.when for e in self.edits)
-            index = start + p * jnp.arange(repeats, dtype=jnp.int32) if gated else None
-            if p > 1:
-                payload = jax.tree.map(lambda a: a.reshape(repeats, p, *a.shape[1:]), payload)
-            inputs = (xs, index, payload)
-            carry, outs = lax.scan(scanned, carry, inputs, length=repeats, unroll=unroll)
+            first = start + p * jnp.arange(repeats, dtype=jnp.int32) if gated else None
+            carry, outs = loops.scanned(
+                body, carry, xs, first, payload, length=repeats, unroll=unroll
+            )
             ys = tuple(y for y, _ in outs)
         else:
-            outs = []
-            for i in range(repeats * p):
-                x = _at(xs[i % p], i // p)
-                carry, *out = body(i, i % p, start + i)(carry, x, _at(payload, i))
-                outs.append(out)
-            ys = tuple(_stack([y for y, _ in outs[j::p]]) for j in range(p))
+            carry, outs = loops.unrolled(body, carry, xs, payload, turns)
+            ys = tuple(loops.stack([y for y, _ in outs[j::p]]) for j in range(p))
         if not self.off:
-            self.log.loops[axis] = max(self.log.loops.get(axis, 0), stop)
-            captured, turns = [c for _, c in outs], range(start, stop)
+            self.log.loops[axis] = max(self.log.loops.get(axis, 0), turns.stop)
             for name in dict.fromkeys(k for frame in seen.values() for k in frame):
-                self._record(name, _merge(name, axis, turns, seen, captured, scan))
+                self._record(name, _merge(name, axis, turns, seen, [z for _, z in outs], scan))
         return carry, ys if period else ys[0]
 
     def _inside(self, axis, index, stop, edits, payload) -> "Tap":
@@ -213,7 +192,7 @@ class Tap:
         axes = {**self.axes, axis: (index, stop)}
         return dataclasses.replace(self, edits=edits, axes=axes, frame={})
 
-    def _payloads(self, axis, start, stop):
+    def _payloads(self, axis, turns):
         """Edits without `axis` in `per`, and their args as scan inputs.
 
         As loop constants their cotangents would be accumulated once per turn, as inputs they come
@@ -222,10 +201,10 @@ class Tap:
         edits, inputs = [], []
         for e in self.edits:
             k = e.per.index(axis) if axis in e.per else -1
-            fits = k >= 0 and all(jnp.shape(a)[k] >= stop for a in jax.tree.leaves(e.args))
+            fits = k >= 0 and all(jnp.shape(a)[k] >= turns.stop for a in jax.tree.leaves(e.args))
             per = e.per[:k] + e.per[k + 1 :] if fits else e.per
             edits.append(dataclasses.replace(e, per=per))
-            inputs.append(_front(e.args, k, start, stop) if fits else None)
+            inputs.append(_front(e.args, k, turns) if fits else None)
         return tuple(edits), tuple(inputs)
 
     def _on(self, edit: Edit):
@@ -239,12 +218,12 @@ class Tap:
         return on
 
     def _apply(self, number: int, edit: Edit, name: str, x):
-        loops = ", ".join(f"{axis} (0..{end - 1})" for axis, (_, end) in self.axes.items())
+        around = ", ".join(f"{axis} (0..{end - 1})" for axis, (_, end) in self.axes.items())
         if missing := [axis for axis in (*edit.per, *edit.when) if axis not in self.axes]:
-            raise InputError(f"site {name!r} is in no loop over {missing[0]!r}; loops: {loops}")
+            raise InputError(f"site {name!r} is in no loop over {missing[0]!r}; loops: {around}")
         if edit.per:
             shapes = [list(jnp.shape(a)) for a in jax.tree.leaves(edit.args)]
-            raise InputError(f"site {name!r}: payload {shapes} per={edit.per}; loops: {loops}")
+            raise InputError(f"site {name!r}: payload {shapes} per={edit.per}; loops: {around}")
         self.log.met.add(number)
         for axis, (_, end) in self.axes.items():
             key = number, axis
@@ -281,12 +260,12 @@ OFF = Tap()
 
 def _merge(name, axis, turns, seen, captured, scan) -> _Record:
     """One site of the bodies of a loop as a site of what is around the loop."""
-    have = [number for number in sorted(seen) if name in seen[number]]
-    visits = tuple(sorted(t for number in have for t in turns[number :: len(seen)]))
+    have = [place for place in sorted(seen) if name in seen[place]]
+    visits = tuple(sorted(t for place in have for t in turns[place :: len(seen)]))
     first = seen[have[0]][name]
     record = _Record(((axis, visits, turns.stop), *first.loops), first.captured)
     if first.captured:
-        parts = [captured[number][name] for number in have]
+        parts = [captured[place][name] for place in have]
         if not scan:  # one part per turn
             record.value = _joined(name, lambda *a: jnp.stack(a), parts)
         elif len(parts) == 1:  # stacked by the scan
@@ -305,34 +284,9 @@ def _joined(name, join, parts):
         raise InputError(f"site {name!r} differs between layers, {shapes}: give a reducer") from e
 
 
-def _at(tree, i):
-    return jax.tree.map(lambda a: a[i], tree)
-
-
-def _stack(trees):
-    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
-
-
-def _front(tree, k, start, stop):
-    return jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), k, 0)[start:stop], tree)
-
-
-def _repeats(fs, xs, length) -> int:
-    if not isinstance(xs, tuple) or len(xs) != len(fs):
-        raise InputError(f"tap.loop: {len(fs)} bodies need a tuple of {len(fs)} xs")
-    sizes = {jnp.shape(a)[0] for a in jax.tree.leaves(xs)} | ({length} - {None})
-    if len(sizes) != 1 or 0 in sizes:
-        raise InputError(f"tap.loop: leading axes of xs and length must be one number: {sizes}")
-    return sizes.pop()
-
-
-def _remat(body, remat, prevent_cse):
-    if remat is None:
-        return body
-    if not callable(remat) and remat not in POLICIES:
-        raise InputError(f"remat={remat!r}: use None, {', '.join(map(repr, POLICIES))} or a policy")
-    policy = remat if callable(remat) else POLICIES[remat]
-    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
+def _front(tree, k, turns):
+    move = lambda a: jnp.moveaxis(jnp.asarray(a), k, 0)  # noqa: E731
+    return jax.tree.map(lambda a: move(a)[turns.start : turns.stop], tree)
 
 
 def run(f: Callable, *args, edits: Any = (), capture: Any = (), **kw):
@@ -351,18 +305,23 @@ def run(f: Callable, *args, edits: Any = (), capture: Any = (), **kw):
 
 
 def sites(f: Callable, *args, **kw) -> dict:
-    """{site: ShapeDtypeStruct} of all that f visits when everything is wanted; computes nothing.
+    """{site: ShapeDtypeStruct} of all f visits, in order, if all is wanted; computes nothing.
 
     args may hold ShapeDtypeStructs in place of arrays.
     """
     leaves, tree = jax.tree.flatten((args, kw))
     given = {i: a for i, a in enumerate(leaves) if isinstance(a, jax.ShapeDtypeStruct)}
 
+    order = []
+
     def read(given):
         args, kw = tree.unflatten([given.get(i, a) for i, a in enumerate(leaves)])
-        return run(f, *args, capture="*", **kw)[1]
+        acts = run(f, *args, capture="*", **kw)[1]
+        order[:] = acts
+        return acts
 
-    return jax.eval_shape(read, given)
+    shapes = jax.eval_shape(read, given)
+    return {name: shapes[name] for name in order}
 
 
 def grad_sites(loss: Callable, f: Callable, *args, at: Any, edits: Any = (), **kw):
@@ -375,30 +334,30 @@ def grad_sites(loss: Callable, f: Callable, *args, at: Any, edits: Any = (), **k
     Returns: (loss, {site: activation}, {site: gradient}), alike in shape, loop axes in front.
     Raises: InputError as `run`, and for a site that has no gradient.
     """
-    edits, loops = _edits(edits), {}
+    edits, nests = _edits(edits), {}
 
     def probe():
         frame = _run(f, args, kw, edits, _captures(at))[1]
-        loops.update({name: r.loops for name, r in frame.items() if r.captured})
-        return {name: frame[name].value for name in loops}
+        nests.update({name: r.loops for name, r in frame.items() if r.captured})
+        return {name: frame[name].value for name in nests}
 
     zeros = {}
     for name, s in jax.eval_shape(probe).items():
         if not jnp.issubdtype(s.dtype, jnp.inexact):
             raise InputError(f"site {name!r} holds {s.dtype}: it has no gradient")
-        ends = tuple(end for _, _, end in loops[name])  # turns without the site stay unread
+        ends = tuple(end for _, _, end in nests[name])  # turns without the site stay unread
         kind = {"out_sharding": s.sharding} if s.sharding and s.sharding.mesh.explicit_axes else {}
         zeros[name] = jnp.zeros(ends + s.shape[len(ends) :], s.dtype, **kind)
 
     def perturbed(zeros):
-        per = {name: tuple(axis for axis, _, _ in loops[name]) for name in zeros}
+        per = {name: tuple(axis for axis, _, _ in nests[name]) for name in zeros}
         nudges = tuple(site(name).add(z, per=per[name]) for name, z in zeros.items())
         out, frame = _run(f, args, kw, edits + nudges, _captures(zeros))
         return loss(out), {name: frame[name].value for name in zeros}
 
     (value, acts), grads = jax.value_and_grad(perturbed, has_aux=True)(zeros)
     for name in grads:
-        for k, (_, turns, end) in enumerate(loops[name]):
+        for k, (_, turns, end) in enumerate(nests[name]):
             if len(turns) < end:
                 grads[name] = jnp.take(grads[name], np.asarray(turns), axis=k)
     return value, acts, grads
