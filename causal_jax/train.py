@@ -75,16 +75,33 @@ def _main(argv: list[str]) -> int:
 
     if not isinstance(recipe, Recipe):
         raise InputError(f"--config {spec} is a {type(recipe).__name__}, training needs a Recipe")
-    if "--distributed" in rest or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        import jax
-
-        jax.distributed.initialize()
-    if not recipe.workdir:
-        # a run folder goes on in itself
-        default = spec if Path(spec).is_dir() else os.path.join("runs", config.name_of(spec))
-        recipe = dataclasses.replace(recipe, workdir=default)
+    _connect("--distributed" in rest)
+    if Path(spec).is_dir() and not any(w.startswith("--config.workdir") for w in overrides):
+        recipe = dataclasses.replace(recipe, workdir=spec)  # goes on where it is now
+    elif not recipe.workdir:
+        recipe = dataclasses.replace(recipe, workdir=os.path.join("runs", config.name_of(spec)))
     train(recipe)
     return 0
+
+
+def _connect(wanted: bool) -> None:
+    """Join the other processes, by the environment variables or by what JAX detects."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    if not (wanted or given[0]):
+        return
+    import jax
+
+    address, count, index = given
+    if not address:
+        jax.distributed.initialize()
+    elif count and index and count.isdecimal() and index.isdecimal() and int(index) < int(count):
+        jax.distributed.initialize(address, int(count), int(index))
+    else:
+        raise InputError(
+            f"{names[1]} = {count!r} and {names[2]} = {index!r}: with {names[0]} set, both are "
+            "needed, the number of processes and the index of this one"
+        )
 
 
 def _fail(code: int, message: str) -> int:

@@ -11,11 +11,13 @@ the versions of the libraries that wrote it. They are read onto whatever mesh th
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,10 +118,17 @@ class Store:
 
         meta = self.meta(step)
         wanted = {part: named_leaves(tree) for part, tree in abstract.items()}
-        try:
-            got = ocp.load_checkpointables(str(self.folder / str(step)), wanted)
-        except Exception as e:  # orbax and the layers below raise many kinds for a damaged file
-            raise Unreadable(f"missing or damaged data ({_brief(e)})") from e
+        got, fault = {}, ""
+        with warnings.catch_warnings():
+            # a failed load leaves coroutines behind, which say so when they are collected
+            warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+            try:
+                got = ocp.load_checkpointables(str(self.folder / str(step)), wanted)
+            except Exception as e:  # orbax and the layers below raise many kinds
+                fault = _brief(e)
+            if fault:
+                gc.collect()
+                raise Unreadable(f"missing or damaged data ({fault})")
         out = {}
         for part, target in wanted.items():
             for name, leaf in target.items():

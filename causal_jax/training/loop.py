@@ -6,6 +6,7 @@ What can be refused is refused before long work starts. The device never waits f
 step n says is fetched when step n + 1 has been dispatched.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -83,6 +84,10 @@ def train(recipe: Recipe) -> Result:
         folder.write_config(workdir, recipe)
         try:
             return loop.run(stop)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                store.wait()  # a checkpoint being written is still worth having
+            raise
         finally:
             loop.reporter.close()
 

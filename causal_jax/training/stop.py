@@ -31,6 +31,7 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        print(f"{self.signal.name}: the step under way is finished and saved", flush=True)
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. All processes must ask at the same step."""
