@@ -226,15 +226,25 @@ def check_task(run: Run, task: Task) -> None:
             f"task {name}: it has {task.vocab} ids, the run was trained with {run.tokenizer.vocab};"
             " give the same dials as in the run's config"
         )
-    _check_positions(run, task.length, f"task {name}: length")
+    text = {"tokenizer": run.tokenizer} if task.textual else {}
+    tokens = task.batch(0, range(4), **text)["tokens"].shape[1]
+    check_positions(run, tokens, f"task {name}: tokens of a row")
 
 
-def _check_positions(run: Run, length: int, what: str) -> None:
-    spec: Any = run.recipe.model
-    if getattr(spec, "learned_positions", False) and length > spec.context:
+def check_positions(run: Run, length: int, what: str) -> None:
+    """Refuse rows longer than a table of learned positions; point out those beyond the context.
+
+    Raises:
+        InputError: the model has no position for the last tokens.
+    """
+    context = getattr(run.recipe.model, "context", length)
+    if length <= context:
+        return
+    if getattr(run.recipe.model, "learned_positions", False):
         raise InputError(
-            f"{what} {length}: the model has a table of {spec.context} positions; at most that"
+            f"{what} {length}: the model has a table of {context} positions; at most that"
         )
+    print(f"note: {what} {length}: the model is meant for {context}", file=sys.stderr)
 
 
 def evaluate_text(
@@ -264,7 +274,7 @@ def evaluate_text(
         stride = max(1, min(contexts) // 2) if len(contexts) > 1 else contexts[0]
     records = []
     for context in contexts:
-        _check_positions(run, context, "context")
+        check_positions(run, context, "context")
         batches = prepared.batches(split, context, batch, stride, limit)
         figures = score_text(run.model, batches, prepared.tokenizer.piece_bytes()).figures()
         records.append({"split": split, "context": context, "stride": stride} | figures)
@@ -272,7 +282,7 @@ def evaluate_text(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 2 the user's input is wrong."""
+    """The command; returns its exit code: 0 done, 2 the user's input is wrong, 1 interrupted."""
     args = _parser().parse_args(argv)
     try:
         report = _evaluate(args)
@@ -281,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -4,12 +4,13 @@
 
 Two layers, each usable alone: `generate` continues token sequences, `complete` continues texts. One
 device call decodes a chunk of steps, so that text can be shown while it is being made and nothing
-waits for the host in between; all rows of a batch run together, shorter prompts padded on the left.
+waits for the host in between; the rows of a batch run together, shorter prompts padded in front.
 Each row draws from its own key, so a row's text depends on the seed and its place in the batch, not
 on its neighbours.
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from causal_jax.attention import Dense
 from causal_jax.data.tokenizers import Tokenizer
 from causal_jax.errors import InputError
 from causal_jax.sampling import Sampling, sample_logits
@@ -83,39 +85,67 @@ def generate(
     """
     context = int(model.spec.context if context is None else context)
     rows = _check_prompts(prompts, model.spec.vocab, context, max_tokens)
-    if not rows:
-        return []
-    lengths = np.array([len(row) for row in rows])
-    limits = np.minimum(max_tokens, context - lengths)
-    graph, params = nnx.split(model)
-    carry = _prefill(graph, params, rows, int(limits.max()))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
-    stops = tuple(sorted(set(map(int, stop_tokens))))
-    pieces, asked_to_end = [], np.zeros(len(rows), bool)
-    for start in range(0, int(limits.max()), chunk):
-        steps = min(chunk, int(limits.max()) - start)
-        carry, new = _decode(
-            graph, params, carry, keys, limits, steps, chunk=chunk, sampling=sampling, stops=stops
-        )
+    lengths = np.array([len(row) for row in rows], int)
+    limits = np.minimum(max_tokens, context - lengths)
+    parts = nnx.split(model)
+    setting = {"chunk": chunk, "sampling": sampling, "stops": tuple(sorted({*stop_tokens}))}
+    out: dict[int, Generated] = {}
+    for group in _groups(model.spec, lengths):
+
+        def report(new: np.ndarray, group: np.ndarray = group) -> np.ndarray:
+            whole = np.full((len(rows), new.shape[1]), -1, np.int32)
+            whole[group] = new
+            wish = None if on_tokens is None else on_tokens(whole)
+            return np.zeros(len(group), bool) if wish is None else np.asarray(wish, bool)[group]
+
+        together = [rows[row] for row in group]
+        ids, asked = _together(*parts, together, keys[group], limits[group], report, setting)
+        for row, made, asked_to_end in zip(group, ids, asked, strict=True):
+            tokens, limit = made[made >= 0], limits[row]
+            full = "length" if limit == max_tokens else "context"
+            ended = len(tokens) < limit or asked_to_end
+            out[int(row)] = Generated(tokens, "stop" if ended else full)
+    return [out[row] for row in range(len(rows))]
+
+
+def _groups(spec: Any, lengths: np.ndarray) -> list[np.ndarray]:
+    """Rows that can run together: all, or those of equal length where padding would be seen.
+
+    Padding in front moves a prompt to later slots. Attention that goes by distance never notices;
+    one that goes by absolute places (sinks, blocks, buckets) would.
+    """
+    by_distance = all(isinstance(s, Dense) and not s.sinks for s in spec.layer_specs())
+    if by_distance:
+        return [np.arange(len(lengths))] if len(lengths) else []
+    return [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
+
+
+def _together(
+    graph: Any,
+    params: Any,
+    rows: list[np.ndarray],
+    keys: Array,
+    limits: np.ndarray,
+    report: Callable[[np.ndarray], np.ndarray],
+    setting: dict[str, Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """New ids [B, n] (-1 behind the end of a row), and which rows `report` wished to end."""
+    most, chunk, stops = int(limits.max()), setting["chunk"], setting["stops"]
+    carry = _prefill(graph, params, rows, most)
+    pieces, wished = [], np.zeros(len(rows), bool)
+    for start in range(0, most, chunk):
+        steps = min(chunk, most - start)
+        carry, new = _decode(graph, params, carry, keys, limits, steps, **setting)
         new = np.array(new)[:, :steps]
         # A stop token ends its row and is not part of it.
         pieces.append(np.where(np.isin(new, stops), -1, new))
-        done = np.array(carry.done)
-        if on_tokens is not None:
-            wish = on_tokens(pieces[-1])
-            if wish is not None:
-                asked_to_end |= np.asarray(wish, bool)
-                done |= asked_to_end
-                carry = carry.replace_done(done)
+        wished |= report(pieces[-1])
+        done = np.array(carry.done) | wished
         if done.all():
             break
-    ids = np.concatenate(pieces, axis=1)
-    out = []
-    for row, limit, asked in zip(ids, limits, asked_to_end, strict=True):
-        tokens = row[row >= 0]
-        full = "length" if limit == max_tokens else "context"
-        out.append(Generated(tokens, full if len(tokens) == limit and not asked else "stop"))
-    return out
+        carry = dataclasses.replace(carry, done=jnp.asarray(done))
+    return np.concatenate(pieces, axis=1), wished
 
 
 @jax.tree_util.register_dataclass
@@ -125,9 +155,6 @@ class _Carry:
     logits: Float[Array, "B V"]  # of the next token
     done: Array  # bool [B]
     step: Array  # int32 []: tokens made so far
-
-    def replace_done(self, done: np.ndarray) -> "_Carry":
-        return _Carry(self.cache, self.logits, jnp.asarray(done), self.step)
 
 
 def _prefill(graph: Any, params: Any, rows: list[np.ndarray], new: int) -> _Carry:
@@ -306,7 +333,7 @@ class _Watch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 2 the user's input is wrong."""
+    """The command; returns its exit code: 0 done, 2 the user's input is wrong, 1 interrupted."""
     args = _parser().parse_args(argv)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
@@ -315,6 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 1
     return 0
 
 

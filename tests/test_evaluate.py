@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from causal_jax import evaluate, generate
+from causal_jax import evaluate, generate, train
 from causal_jax.config import to_json
 from causal_jax.data.packing import ConcatRows, Stream
 from causal_jax.data.pipeline import Data
@@ -312,6 +312,34 @@ def test_data_that_changed_since_is_pointed_out(text_run, capsys):
     record.unlink()
 
 
+CONFIG = """
+from causal_jax.data.pipeline import Data
+from causal_jax.data.sources import Text
+from causal_jax.models.decoder import Decoder
+from causal_jax.training.recipe import Recipe
+
+def get_config():
+    model = Decoder(layers=1, width=16, heads=2, context=64)
+    source = Text(path="{text}", held_out=0.2)
+    return Recipe(model=model, data=Data(source=source, context=32, batch=8, threads=0), steps=3)
+"""
+
+
+def test_a_trained_run_is_evaluated_as_training_did(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("".join(f"Line {i} of the text.\n" for i in range(80)))
+    (tmp_path / "tiny.py").write_text(CONFIG.format(text=tmp_path / "a.txt"))
+    folder, out = str(tmp_path / "run"), tmp_path / "figures.json"
+    words = ["--config", str(tmp_path / "tiny.py"), "--config.workdir", folder]
+    assert train.main(words) == 0
+    said = capsys.readouterr().out
+    assert evaluate.main(["--run", folder, "--out", str(out), "--batch", "3"]) == 0
+    (figures,) = json.loads(out.read_text())["text"]
+    assert f"bits/byte {figures['bits_per_byte']:.4f}" in said
+    capsys.readouterr()
+    assert generate.main(["--run", folder, "--prompt", "Line 7", "--max_tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("Line 7")
+
+
 BAD = [
     (["--run", "no/such"], "--run no/such: does not exist"),
     (["--run", "EMPTY"], "holds no config.json"),
@@ -335,7 +363,7 @@ BAD = [
     (["--run", "TASK", "--task", "recall"], "it has 65 ids, the run was trained with 13"),
     (
         ["--run", "TASK", "--task", "recall:pairs=2,keys=6,values=6,length=80"],
-        "length 80: the model has a table of 64 positions",
+        "tokens of a row 80: the model has a table of 64 positions",
     ),
 ]
 

@@ -71,12 +71,12 @@ def test_frequencies_are_those_of_the_definition(kw):
 
 
 @given(
-    st.lists(st.floats(-20, 20, width=16), min_size=2, max_size=12),
-    st.none() | st.integers(1, 14),
+    st.lists(st.floats(-20, 20, width=16), min_size=8, max_size=8),
+    st.sampled_from([None, 1, 3, 14]),
     st.none() | st.floats(0.05, 0.95),
     st.none() | st.floats(0.05, 0.95),
 )
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_support_is_that_of_the_definition(values, top_k, top_p, min_p):
     logits = np.array(values, np.float32)
     want = brute_distribution(logits, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -126,7 +126,7 @@ SPECS = {
     "grouped": {"kv_heads": 2},
     "window": {"attention": (Dense(window=5), Dense())},
     "learned": {"rotary": None, "learned_positions": True, "norm": "layer", "activation": "gelu"},
-    "unscanned": {"scan": False},
+    "sinks": {"attention": (Dense(window=4, sinks=2),), "scan": False},
 }
 
 
@@ -229,8 +229,7 @@ def test_rows_end_by_token_wish_length_and_context(model):
         ([[1]], {"max_tokens": 0}, r"max_tokens 0: at least 1"),
     ],
 )
-def test_prompts_that_cannot_be(rows, kw, message):
-    model = Decoder(vocab=258, layers=1, width=8, heads=1, context=64).build(jax.random.key(0))
+def test_prompts_that_cannot_be(model, rows, kw, message):
     with pytest.raises(InputError, match=message):
         generate(model, [np.array(r, np.int64) for r in rows], **kw)
     assert generate(model, []) == []
