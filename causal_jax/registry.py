@@ -1,4 +1,4 @@
-"""Plug-in folders without a list to edit: a decorator registers, the first look-up imports the folder."""
+"""Plug-in folders: a decorator registers, the first look-up imports the folder; no list to edit."""
 
 import difflib
 import importlib
@@ -30,7 +30,8 @@ class Registry:
 
         def wrap(cls: C) -> C:
             known = self._classes.get(name)
-            # A reloaded module registers its class again under the same qualified name: that is fine.
+            # A reloaded module registers its class again under the same qualified name: that is
+            # fine.
             if known is not None and _path(known) != _path(cls):
                 raise ValueError(f"{self.kind} {name!r} is registered twice: {known} and {cls}")
             self._classes[name], self._cases[name] = cls, tuple(cases)

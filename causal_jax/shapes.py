@@ -1,4 +1,4 @@
-"""The alphabet of array shapes, used in every public signature, and jaxtyping's types under one roof.
+"""The alphabet of array shapes in public signatures, and jaxtyping's types under one roof.
 
     B batch          T queries (time)       S keys (source)
     N query heads    K key/value heads      H head width

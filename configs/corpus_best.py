@@ -3,8 +3,8 @@
     python -m causal_jax.train --config configs/corpus_best.py
     python -m causal_jax.train --config configs/corpus_best.py:smoke
 
-The same data as configs/quickstart.py (0.41 MB to learn from), so what limits it is the text, not the time: many epochs, hence
-dropout, weight decay and an average over the last parameters.
+The same data as configs/quickstart.py (0.41 MB to learn from), so what limits it is the text, not
+the time: many epochs, hence dropout, weight decay and an average over the last parameters.
 """
 
 from causal_jax.data.pipeline import Data

@@ -1,11 +1,13 @@
 """A decoder of Llama-3.2-1B's shape (1.24 B parameters) for a TPU slice or a GPU node.
 
     python -m causal_jax.train --config configs/lm_1b.py --config.data.source.path "text/*.jsonl"
-    python -m causal_jax.train --config configs/lm_1b.py:smoke          (two CPU cores, under a minute, embedded corpus)
+    python -m causal_jax.train --config configs/lm_1b.py:smoke          (two CPU cores, under a
+    minute, embedded corpus)
 
-Shape: 16 layers, width 2048, 32 query and 8 key/value heads of 64, feed-forward 8192, vocabulary 128 256, rope base 500 000 with
-Llama 3's scaling, tied embeddings. Parameters and optimizer state over `fsdp`, everything recomputed but matrix products.
-1 M tokens a step; 20 000 steps see 21 B. Nothing about its loss has been measured here.
+Shape: 16 layers, width 2048, 32 query and 8 key/value heads of 64, feed-forward 8192, vocabulary
+128 256, rope base 500 000 with Llama 3's scaling, tied embeddings. Parameters and optimizer state
+over `fsdp`, everything recomputed but matrix products. 1 M tokens a step; 20 000 steps see 21 B.
+Nothing about its loss has been measured here.
 """
 
 from causal_jax.data.pipeline import Data

@@ -1,10 +1,12 @@
 """A GPT-2-small class decoder (124 M parameters, Llama-shaped) on one accelerator or a handful.
 
-    python -m causal_jax.train --config configs/lm_small.py --config.data.source.path "books/**/*.txt"
-    python -m causal_jax.train --config configs/lm_small.py:smoke       (two CPU cores, under a minute, embedded corpus)
+    python -m causal_jax.train --config configs/lm_small.py --config.data.source.path
+    "books/**/*.txt" python -m causal_jax.train --config configs/lm_small.py:smoke       (two CPU
+    cores, under a minute, embedded corpus)
 
-Data: text files of your own (UTF-8; a file, a folder, a pattern or JSON lines), a byte-pair vocabulary trained on them.
-10 000 steps of 512 x 1024 tokens, about 5.2 B: hours on 8 accelerators of 2024 or later. Nothing about its loss has been measured here.
+Data: text files of your own (UTF-8; a file, a folder, a pattern or JSON lines), a byte-pair
+vocabulary trained on them. 10 000 steps of 512 x 1024 tokens, about 5.2 B: hours on 8 accelerators
+of 2024 or later. Nothing about its loss has been measured here.
 """
 
 from causal_jax.data.pipeline import Data
@@ -38,7 +40,9 @@ def get_config(arg: str = "") -> Recipe:
             batch=8 if smoke else 512,
         ),
         objective=NextToken(z_loss=1e-4),
-        optimizer=Muon(lr=2e-3, schedule=Schedule(kind="wsd", warmup=2 if smoke else 250, final=0.0)),
+        optimizer=Muon(
+            lr=2e-3, schedule=Schedule(kind="wsd", warmup=2 if smoke else 250, final=0.0)
+        ),
         mesh=MeshSpec(data=-1),
         steps=4 if smoke else 10_000,
         accumulate=2,

@@ -1,10 +1,12 @@
-"""Quickstart: a small language model of the Python language reference, on two CPU cores in under four minutes.
+"""A small language model of the Python language reference: two CPU cores, under four minutes.
 
     python -m causal_jax.train --config configs/quickstart.py
-    python -m causal_jax.train --config configs/quickstart.py:smoke     (seconds: checks the wiring, learns nothing)
+    python -m causal_jax.train --config configs/quickstart.py:smoke     (seconds: checks the wiring,
+    learns nothing)
 
-Data: the interpreter's own language reference (about 0.46 MB of English), the last tenth held out; nothing is downloaded.
-Prints validation bits per byte beside Witten-Bell n-gram models of orders 1-5 fitted to the same bytes, then a sample.
+Data: the interpreter's own language reference (about 0.46 MB of English), the last tenth held out;
+nothing is downloaded. Prints validation bits per byte beside Witten-Bell n-gram models of orders
+1-5 fitted to the same bytes, then a sample.
 """
 
 from causal_jax.data.pipeline import Data

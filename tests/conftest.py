@@ -1,9 +1,10 @@
-"""Eight virtual devices, strict numerics, shapes checked at run time, deterministic property tests."""
+"""Eight virtual devices, strict numerics, shapes checked, deterministic property tests."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what the tests do: a second run finds its programs here (child processes too).
+# Compiling is most of what the tests do: a second run finds its programs here (child processes
+# too).
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
@@ -12,13 +13,13 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotation in the package is verified while the tests run; users never pay for it.
 install_import_hook(["causal_jax", "pallas_kernels"], "beartype.beartype")
 
-from absl import flags
-from hypothesis import settings
+from absl import flags  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain reads an absl flag outside absl.app.run
 

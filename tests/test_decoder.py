@@ -1,4 +1,4 @@
-"""The decoder: caches equal full passes, layouts equal each other, switches do what they say, taps cost nothing."""
+"""The decoder: caches equal full passes, layouts equal each other, taps cost nothing."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def spec(request):
 
 @pytest.fixture(scope="module")
 def model(spec):
-    """Every parameter away from its special starting value (biases 0, scales 1): nothing is tested at a fixed point."""
+    """Parameters away from their starting values (biases 0, scales 1): no fixed points."""
     graph, params = built(spec)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -189,7 +189,8 @@ def test_taps_off_is_letter_for_letter_the_untapped_program(spec, model):
     tokens = ids(2, 6)
     graph, params = nnx.split(model)
     off = jax.make_jaxpr(lambda p, t: nnx.merge(graph, p)(t))(params, tokens)
-    # beartype checks annotations in the tests, and `Untapped` is not a Tap on purpose: go past the check
+    # beartype checks annotations in the tests, and `Untapped` is not a Tap on purpose: go past the
+    # check
     hidden = type(model).__call__
     untapped = jax.make_jaxpr(
         lambda p, t: getattr(hidden, "__wrapped__", hidden)(nnx.merge(graph, p), t)
@@ -232,7 +233,8 @@ def test_a_knocked_out_edge_carries_nothing(model):
 
     @jax.jit
     def patterns(params):
-        return run(nnx.merge(graph, params), tokens, edits=cut, capture=["attn.pattern", "logits"])[1]
+        capture = ["attn.pattern", "logits"]
+        return run(nnx.merge(graph, params), tokens, edits=cut, capture=capture)[1]
 
     seen = patterns(params)
     assert (seen["attn.pattern"][:, :, :, 3:, 1] == 0).all()

@@ -16,7 +16,8 @@ class ModelSpec:
     """A model as a value: the spec is the config, `build` makes the parameters.
 
     Attributes:
-        vocab: number of token ids; 0 means "as many as the tokenizer has", filled in when a run starts.
+        vocab: number of token ids; 0 means "as many as the tokenizer has", filled in when a run
+            starts.
     """
 
     vocab: int = 0

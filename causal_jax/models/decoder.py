@@ -2,7 +2,8 @@
 
     h_0 = E[tokens] (+ P[positions]);  h_{l+1} = block_l(h_l);  logits = W_out norm(h_L)
 
-Sites: `embed`, `final` [B, T, D], `logits` [B, T, V], and per layer those of `nn.block` and `nn.attention`, stacked on L.
+Sites: `embed`, `final` [B, T, D], `logits` [B, T, V], and per layer those of `nn.block` and
+`nn.attention`, stacked on L.
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ class Cache:
 
     Attributes:
         layers: keys and values, one `KV` per block of every segment.
-        length: slots already written, the same for all rows. Writing past the last slot is the caller's error.
+        length: slots already written, the same for all rows. Writing past the last slot is the
+            caller's error.
         start: first real slot of each row (left padding), or None where there is no padding.
     """
 
@@ -52,13 +54,18 @@ class Decoder(ModelSpec):
         kv_heads: K (0: as many as heads). head_dim: H (0: width / heads).
         hidden: F (0: 8/3 width, rounded up to 64, when the activation is gated; 4 width otherwise).
         attention: specs tiled over depth: (a,) for all layers, (a, b) alternating, ...
-        rotary: rotary embedding, or None. learned_positions: a table of `context` positions added to the embedding.
-        tied: the output head is the embedding table. embed_scale: multiplies the embedding (Gemma: sqrt(width)).
-        logits_soft_cap: c in c tanh(logits / c). parallel, post_norm, qk_norm: see `nn.block`, `nn.attention`.
+        rotary: rotary embedding, or None. learned_positions: a table of `context` positions added
+            to the embedding.
+        tied: the output head is the embedding table. embed_scale: multiplies the embedding (Gemma:
+            sqrt(width)).
+        logits_soft_cap: c in c tanh(logits / c). parallel, post_norm, qk_norm: see `nn.block`,
+            `nn.attention`.
         context: longest sequence the model is meant for.
         dropout: rate on the embedding and on every branch, in training only.
-        dtype: of the computation; parameters are float32. remat: what the backward pass keeps of a layer.
-        scan: stack equal layers and scan over them (fast to compile); False keeps every layer apart (fastest decoding).
+        dtype: of the computation; parameters are float32. remat: what the backward pass keeps of a
+            layer.
+        scan: stack equal layers and scan over them (fast to compile); False keeps every layer apart
+            (fastest decoding).
     """
 
     layers: int = 12
@@ -138,7 +145,7 @@ class Decoder(ModelSpec):
         return DecoderModel(self, rngs=nnx.Rngs(key))
 
     def flops_per_token(self, length: int) -> float:
-        """Forward and backward (3 x forward): 2 per weight that multiplies, plus the attention products, live tiles only."""
+        """Forward and backward (3 x forward): 2 per multiplying weight, plus attention's products."""
         gates = 2 if is_gated(self.activation) else 1
         projections = self.width * self.head_width * 2 * (self.heads + self.kv_count)
         block = projections + self.width * self.hidden_width * (gates + 1)
@@ -223,9 +230,7 @@ class DecoderModel(nnx.Module):
             key: switches dropout on.
             tap: reads and edits activations (`causal_jax.taps`).
         """
-        h = self.hidden(
-            tokens, segments=segments, positions=positions, mask=mask, key=key, tap=tap
-        )
+        h = self.hidden(tokens, segments=segments, positions=positions, mask=mask, key=key, tap=tap)
         return tap("logits", self.unembed(h))
 
     def hidden(
@@ -261,17 +266,17 @@ class DecoderModel(nnx.Module):
         cap = self.spec.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def init_cache(
-        self, batch: int, length: int, *, start: Int[Array, "B"] | None = None
-    ) -> Cache:
-        """An empty cache for `length` positions; `start` counts the padding in front of each row."""
+    def init_cache(self, batch: int, length: int, *, start: Int[Array, "B"] | None = None) -> Cache:
+        """An empty cache of `length` slots; `start` counts the padding in front of each row."""
         layers = self.stack.init_cache(batch, length, jnp.dtype(self.spec.dtype))
         return Cache(layers, jnp.zeros((), jnp.int32), start)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: Cache, *, tap: Tap = OFF
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Read T more tokens: prefill and single steps alike. Equals the full pass for every way to cut the sequence.
+        """Read T more tokens: prefill and single steps alike.
+
+        Equals the full pass however the sequence is cut.
 
         Returns:
             logits [B, T, V] of the new positions, and the cache after them.
@@ -282,7 +287,7 @@ class DecoderModel(nnx.Module):
     def extend_hidden(
         self, tokens: Int[Array, "B T"], cache: Cache, *, tap: Tap = OFF
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """As `extend`, but up to the final norm: a prefill needs the logits of its last position only."""
+        """`extend` up to the final norm: a prefill needs the last position's logits only."""
         batch, new = tokens.shape
         positions = jnp.broadcast_to((cache.length + jnp.arange(new))[None], (batch, new))
         allowed: masks.Mask = masks.Causal()
@@ -296,7 +301,7 @@ class DecoderModel(nnx.Module):
         return tap("final", self.norm(x)), Cache(layers, cache.length + new, cache.start)
 
     def unstacked(self) -> "DecoderModel":
-        """The same model with every layer apart (`scan=False`): slower to compile, faster to decode."""
+        """The same model, every layer apart (`scan=False`): compiles slower, decodes faster."""
         out = nnx.merge(*nnx.split(self))
         out.spec = dataclasses.replace(self.spec, scan=False)
         out.stack = self.stack.unstacked()

@@ -2,8 +2,8 @@
 
     q = rope(norm(x W_q)), k = rope(norm(x W_k)), v = x W_v, y = spec(q, k, v, mask) W_o
 
-Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied), and inside the mechanism `attn.mask`,
-`attn.bias`, `attn.scores`, `attn.pattern`, `attn.z`.
+Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied), and inside
+the mechanism `attn.mask`, `attn.bias`, `attn.scores`, `attn.pattern`, `attn.z`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from causal_jax.taps import OFF, Tap
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-    """Keys and values of G stacked layers: two arrays [G, B, S, K, H]. Slots from `length` on are not yet written."""
+    """Keys and values of G stacked layers, [G, B, S, K, H]; later slots are not yet written."""
 
     k: Array
     v: Array
@@ -95,9 +95,10 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
         tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """Write T new positions into slot `layer` of the cache at `length`, attend to all written ones.
+        """Write T new positions into the cache of `layer` at `length`; attend to all written.
 
-        Only the new positions are written: the stacked arrays travel as a loop's carry and are updated in place.
+        Only the new positions are written: the stacked arrays travel as a loop's carry and are
+        updated in place.
         """
         q, k, v = self._project(x, positions, tap)
         at = (layer, 0, length, 0, 0)

@@ -3,7 +3,8 @@
     h = x + post(attention(norm(x)));  y = h + post(mlp(norm(h)))          sequential (default)
     y = x + attention(norm(x)) + mlp(norm'(x))                             parallel (GPT-NeoX)
 
-Sites: `resid_pre`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`, all [B, T, D]. "After l + 1 layers" in papers is `resid_post` of layer l.
+Sites: `resid_pre`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`, all [B, T, D]. "After l + 1
+layers" in papers is `resid_post` of layer l.
 """
 
 import jax
@@ -84,7 +85,7 @@ class Block(nnx.Module):
         return self._finish(x, mixed, None, tap), cache
 
     def _finish(self, x: Array, mixed: Array, key: Array | None, tap: Tap) -> Array:
-        """Everything after the mixer: it knows nothing of time, so prefill, step and training share it."""
+        """Everything after the mixer: blind to time, so prefill, step and training share it."""
         keys = (None, None) if key is None else jax.random.split(key)
         if self.attention_post is not None:
             mixed = self.attention_post(mixed)
@@ -98,7 +99,7 @@ class Block(nnx.Module):
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero entries with probability `rate` and scale the rest by 1 / (1 - rate); no key, no dropout."""
+    """Zero entries with probability `rate`, scale the rest by 1 / (1 - rate); no key: x."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -1,10 +1,13 @@
-"""Linear map and embedding table. Parameters stay in their own dtype; the computation runs in the input's."""
+"""Linear map and embedding table: parameters keep their dtype, computation is in the input's."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from causal_jax.shapes import Array, Float, Int
+
+
+_TRUNCATED_SD = 0.87962566  # of a standard normal cut at two standard deviations
 
 
 class Linear(nnx.Module):
@@ -20,7 +23,7 @@ class Linear(nnx.Module):
         self, d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs
     ):
         draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, (d_in, d_out), jnp.float32)
-        self.kernel = nnx.Param(draw * (scale * d_in**-0.5 / 0.87962566))  # sd of the truncated draw
+        self.kernel = nnx.Param(draw * (scale * d_in**-0.5 / _TRUNCATED_SD))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:

@@ -1,13 +1,15 @@
 """Blocks stacked over depth: parameters with a leading layer axis, `lax.scan` over it.
 
-A model's layers are a sequence of specs, one per layer. Equal layers share a scan: the sequence is cut into segments, each a short
-*period* of different layers repeated many times (one spec repeated L times; five local layers and a global one repeated four times, then
-two local ones; ...). Block j of a period holds the parameters of all its repeats, stacked on axis 0.
+A model's layers are a sequence of specs, one per layer. Equal layers share a scan: the sequence is
+cut into segments, each a short *period* of different layers repeated many times (one spec repeated
+L times; five local layers and a global one repeated four times, then two local ones; ...). Block j
+of a period holds the parameters of all its repeats, stacked on axis 0.
 """
 
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -34,8 +36,8 @@ class Segment:
 def segments_of(specs: Sequence[AttentionSpec], *, scan: bool = True) -> tuple[Segment, ...]:
     """Cut one spec per layer into segments; `scan=False` makes every layer its own.
 
-    The whole sequence as one repeated period where it has one (with a tail that is a beginning of the period), else runs of equal
-    layers.
+    The whole sequence as one repeated period where it has one (with a tail that is a beginning of
+    the period), else runs of equal layers.
     """
     specs = tuple(specs)
     depth = len(specs)
@@ -61,7 +63,8 @@ class Stack(nnx.Module):
         make: builds one block for a spec.
         specs: one attention spec per layer.
         scan: whether equal layers share a stacked scan.
-        remat: what the backward pass keeps of a layer ("none": everything, "dots": matrix products, "full": nothing).
+        remat: what the backward pass keeps of a layer ("none": everything, "dots": matrix products,
+            "full": nothing).
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class Stack(nnx.Module):
         positions: Int[Array, "B T"],
         tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[KV, ...], ...]]:
-        """T new positions through all layers; the caches ride in the carry so that they are updated in place."""
+        """T new positions through all layers; caches ride in the carry, updated in place."""
 
         def layer(graph, j, carry, xs, tap):
             x, caches = carry
@@ -149,12 +152,12 @@ class Stack(nnx.Module):
         return x, tuple(out)
 
     def unstacked(self) -> "Stack":
-        """The same layers, each its own segment: no scan, so that decoding reads weights and caches where they lie."""
+        """Each layer its own segment: decoding reads weights and caches where they lie."""
         layers = []
         for segment, graphs, params in self._parts():
             for repeat in range(segment.repeats):
                 for graph, stacked in zip(graphs, params):
-                    one = jax.tree.map(lambda a: a[repeat : repeat + 1], stacked)
+                    one = jax.tree.map(operator.itemgetter(slice(repeat, repeat + 1)), stacked)
                     layers.append(nnx.merge(graph, one))
         specs = [spec for s in self.segments for spec in s.specs * s.repeats]
         out = nnx.merge(*nnx.split(self))

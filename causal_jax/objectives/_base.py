@@ -17,9 +17,10 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 class Objective:
     """What to minimise, as a value.
 
-    `loss(model, batch, key)` returns the scalar to differentiate and metrics as (sum, count) pairs, so that averages over microbatches
-    and devices are exact. `"loss"` is always among them: the summed negative log-likelihood (nats) and the number of targets; the scalar
-    is a mean over that count. `key=None` means evaluation: no dropout, no other randomness.
+    `loss(model, batch, key)` returns the scalar to differentiate and metrics as (sum, count) pairs,
+    so that averages over microbatches and devices are exact. `"loss"` is always among them: the
+    summed negative log-likelihood (nats) and the number of targets; the scalar is a mean over that
+    count. `key=None` means evaluation: no dropout, no other randomness.
     """
 
     def loss(

@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds all logits: a scan over pieces of the time axis, each recomputed in the backward pass."""
+"""Cross-entropy without all logits: a scan over time, each piece recomputed going backward."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,12 @@ def chunked_cross_entropy(
         h: final hidden states.
         unembed: hidden states to float32 logits [B, C, V].
         targets, weights: ids and their weights (0: no loss here).
-        chunk: positions of the time axis per piece; at most B x chunk x V logits exist at a time. At least T: one piece, kept whole.
+        chunk: positions of the time axis per piece; at most B x chunk x V logits exist at a time.
+            At least T: one piece, kept whole.
 
     Returns:
-        sums `nll`, `z2` (lse squared, for the z-loss), `correct` (argmax hits), each weighted, and `count` (sum of weights).
+        sums `nll`, `z2` (lse squared, for the z-loss), `correct` (argmax hits), each weighted, and
+            `count` (sum of weights).
     """
 
     def sums(h, targets, weights):
