@@ -6,7 +6,6 @@ from flax import nnx
 
 from causal_jax.shapes import Array, Float, Int
 
-
 _TRUNCATED_SD = 0.87962566  # of a standard normal cut at two standard deviations
 
 
