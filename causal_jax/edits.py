@@ -256,6 +256,7 @@ def edited(edit: Edit, name: str, x) -> Any:
 
     Raises: InputError with the site's name: shape or dtype change, index or payload do not fit.
     """
+    x = jnp.asarray(x)
     new: Any = _whole(edit, name, x) if edit.index is None else _indexed(edit, name, x)
     if jnp.shape(new) != x.shape or jnp.result_type(new) != x.dtype:
         raise InputError(

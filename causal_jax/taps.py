@@ -35,6 +35,9 @@ Rules that matter in practice:
 - The identity of fn and of reducers is part of the compile key: no fresh lambdas in a loop; what
   varies goes into args. What is closed over becomes a constant: pass clean caches as arguments.
 - A row of `attn.mask` emptied by an edit attends to nothing and gives 0.
+- A value captured inside a vmap, scan or jit of the model's own leaks (jax says so): use tap.loop.
+- On meshes with explicit axes set, add and mul reshard their payload to the activation; the fn of
+  apply must do so for its args. An index into a sharded axis communicates, where jax allows it.
 - A site that only some layers have is stacked over those, in order.
 """
 

@@ -206,6 +206,14 @@ def nan_slope_at_layer_3(x):  # where tanh(x @ 0) = 0
 # ---- explicit meshes: the edited value takes the activation's sharding
 
 
+def double(x):
+    return 2 * x
+
+
+def forget(x):  # a value without sharding
+    return jnp.arange(float(x.size)).reshape(x.shape)
+
+
 @pytest.mark.parametrize(
     "spec", [P("a", None), P(None, "b"), P("a", "b"), P(None, ("a", "b"))], ids=str
 )
@@ -223,8 +231,13 @@ def test_edits_on_an_explicit_mesh(spec):
         site("x", layer=1).at[np.array([0, 2]), np.array([1, 7])].add(2.0),
         site("x").add(payload, per="layer"),
         site("x", layer=1).apply(jnp.negative),
+        site("x", layer=1).at[2:].apply(double),
+        site("x", layer=0).apply(forget),
     ]
     want = run(model, x, edits=edits, capture="x")
+    edits[4] = site("x").add(
+        jax.device_put(payload, NamedSharding(mesh, P(None, "b", "a"))), per="layer"
+    )
     with jax.set_mesh(mesh):
         local = jax.device_put(x, NamedSharding(mesh, spec))
         got = jax.jit(lambda x, e: run(model, x, edits=e, capture="x"))(local, edits)
