@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from tiny import Tiny, make_run, random_batch
 
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
+from causal_jax.placement import with_batch
 from causal_jax.training.optimizer import AdamW, Muon, Schedule
 from causal_jax.training.paths import named_leaves
 from causal_jax.training.sharding import (
@@ -177,3 +178,32 @@ def test_bfloat16_compute_trains_float32_parameters():
         losses.append(float(out["metrics"]["loss"][0] / out["metrics"]["loss"][1]))
     assert losses[-1] < 0.9 * losses[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(now["params"])} == {jnp.dtype("float32")}
+
+
+def test_fsdp_moves_weights_and_keeps_rows_at_home():
+    spec, rows, length = Tiny(vocab=32, width=32), 16, 64
+    texts = {}
+    for name, mesh_spec in (("data", MeshSpec(data=8)), ("fsdp", MeshSpec(data=1, fsdp=8))):
+        mesh = make_mesh(mesh_spec)
+        with jax.set_mesh(mesh):
+            now, step, _ = make_run(spec, AdamW(), mesh)
+            batch = put_batch(mesh, random_batch(rows, length, spec.vocab))
+            program = step.lower(now, batch, KEY).compile()
+        texts[name] = program.as_text()
+    hidden = f"f32[{rows},{length},{4 * spec.width}]"
+    assert hidden not in texts["fsdp"]  # no device computes on all rows
+    assert f"f32[{rows // 8},{length},{4 * spec.width}]" in texts["fsdp"]
+    assert "all-gather" in texts["fsdp"]
+
+
+def test_placement_leaves_alone_what_it_cannot_split():
+    x = jnp.ones((3, 4, 5))
+    assert with_batch(x) is x  # no mesh
+    with jax.set_mesh(make_mesh(MeshSpec(data=1))):
+        assert with_batch(x) is x  # one device
+    with jax.set_mesh(make_mesh(MeshSpec(data=2, fsdp=2, context=2))):
+        assert jax.jit(with_batch)(x).sharding.spec == PartitionSpec(None, "context")
+        even = jax.jit(with_batch)(jnp.ones((8, 3)))
+        assert even.sharding.spec == PartitionSpec(("data", "fsdp"))
+    with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))):
+        assert with_batch(x) is x  # another project's mesh

@@ -15,6 +15,7 @@ from causal_jax.models._base import ModelSpec
 from causal_jax.nn.linear import Embed, Linear
 from causal_jax.nn.norm import RMSNorm
 from causal_jax.objectives.next_token import NextToken
+from causal_jax.placement import with_batch
 from causal_jax.training import state, step
 
 
@@ -70,8 +71,9 @@ class TinyModel(nnx.Module):
             x = x + self.spec.noise * jax.random.normal(key, x.shape)
         count = jnp.arange(1, x.shape[1] + 1, dtype=jnp.float32)[None, :, None]
         x = x + jnp.cumsum(x, axis=1) / count
+        x = with_batch(x)
         graph, params = nnx.split(self.stack.blocks[0])
-        x, _ = jax.lax.scan(lambda x, p: (nnx.merge(graph, p)(x), None), x, params)
+        x, _ = jax.lax.scan(lambda x, p: (with_batch(nnx.merge(graph, p)(x)), None), x, params)
         return self.norm(x)
 
     def unembed(self, h):

@@ -20,10 +20,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.errors import InputError
+from causal_jax.placement import BATCH, TIME
 from causal_jax.training.paths import check_pattern, map_named
 
 AXES = ("data", "fsdp", "tensor", "context")
-BATCH = ("data", "fsdp")
 
 # (pattern in the parameter's name, mesh axis of each of its last axes); the first match counts.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -164,7 +164,7 @@ def check_batch(mesh: Mesh, batch: int, length: int, accumulate: int) -> None:
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Rows over data and fsdp, time over context."""
-    axes = (BATCH, "context")[:ndim]
+    axes = (BATCH, TIME)[:ndim]
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 

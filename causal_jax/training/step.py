@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.objectives._base import Objective
+from causal_jax.placement import BATCH, TIME
 from causal_jax.training.optimizer import Optimizer
-from causal_jax.training.sharding import BATCH
 from causal_jax.training.state import State, shardings_of
 
 Batch = dict[str, jax.Array]
@@ -95,7 +95,7 @@ def _accumulate(gradient, params, batch: Batch, key, parts: int, mesh: Mesh):
     def cut(x: jax.Array) -> jax.Array:
         # Microbatch i takes rows i, i + parts, ...: every device then finds its share at home.
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        spec = PartitionSpec(None, BATCH, *("context",)[: x.ndim - 2])
+        spec = PartitionSpec(None, BATCH, *(TIME,)[: x.ndim - 2])
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def weigh(value, metrics, grads):

@@ -1,0 +1,37 @@
+"""Where activations live on a device mesh: rows with the batch, whatever the parameters do.
+
+Parameters that are cut over `fsdp` are meant to be gathered, layer by layer, by devices that each
+keep their own rows. The compiler does not know that: free to choose, it may as well keep the
+parameters cut and give every device all rows (measured on 8 devices: 3.4 times the temporary memory,
+and activations instead of weights on the wire). One constraint on the residual stream settles it.
+"""
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+BATCH = ("data", "fsdp")  # mesh axes that share out rows
+TIME = "context"  # the mesh axis that shares out time
+
+
+def with_batch(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] with B over the mesh axes `data` and `fsdp` and T over `context`.
+
+    Only where such a mesh is set (`jax.set_mesh`); axes that are not automatic (inside `shard_map`)
+    and sizes that do not divide are left alone. Otherwise, and on one device, x itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types)
+        if kind == AxisType.Auto and name in (*BATCH, TIME) and mesh.shape[name] > 1
+    }
+    spec: list[tuple[str, ...] | None] = []
+    for size, wanted in zip(x.shape, (BATCH, (TIME,))):
+        axes = tuple(name for name in wanted if name in sizes)
+        parts = 1
+        for name in axes:
+            parts *= sizes[name]
+        spec.append(axes if axes and size % parts == 0 else None)
+    if not any(spec):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
