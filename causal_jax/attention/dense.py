@@ -118,13 +118,14 @@ def _reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap):
 
     (q, bad_q), (k, bad_k), (v, bad_v) = (_finite(x.astype(acc)) for x in (q, k, v))
     s = einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, G, H), k) * scale
-    # What is not finite comes back here as NaN, where the mask decides who sees it.
-    s = s + bad_q.reshape(B, T, K, G).transpose(0, 2, 3, 1)[..., None]
-    s = (s + (bad_k + bad_v).transpose(0, 2, 1)[:, :, None, None]).reshape(B, N, T, S)
+    s = s.reshape(B, N, T, S)
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
     if bias is not None:
         s = s + bias.astype(acc)
+    # What is not finite comes back here as NaN, where the mask decides who sees it.
+    s = s + bad_q.transpose(0, 2, 1)[..., None]
+    s = s + jnp.repeat((bad_k + bad_v).transpose(0, 2, 1), G, axis=1)[:, :, None]
     s = tap("scores", s)
 
     s = jnp.where(allowed, s, -jnp.inf)
@@ -140,7 +141,7 @@ def _reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap):
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))[..., 0].transpose(0, 2, 1)
-    p = tap("pattern", p / total)
+    p = tap("pattern", jnp.where(allowed, p / total, 0))
     o = einsum("bkgts,bskh->btkgh", p.reshape(B, K, G, T, S), v)
     return o.reshape(B, T, N, -1).astype(dtype), lse
 
