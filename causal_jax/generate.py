@@ -350,21 +350,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _continue(run: Run, args: argparse.Namespace, sampling: Sampling) -> None:
     alone = len(args.prompt) == 1
-    if alone:
-        print(args.prompt[0], end="", flush=True)
+    # As the model reads them: numbers of a task get the space behind them that text does not need.
+    prompts = [run.tokenizer.decode(run.tokenizer.encode(p).tolist()) for p in args.prompt]
+    waiting = [prompts[0]]  # printed with the first text, when nothing can be wrong any more
+
+    def show(_: int, text: str) -> None:
+        print("".join(waiting) + text, end="", flush=True)
+        waiting.clear()
+
     done = complete(
         run.model,
         run.tokenizer,
         args.prompt,
         stop=args.stop,
-        on_text=(lambda _, text: print(text, end="", flush=True)) if alone else None,
+        on_text=show if alone else None,
         max_tokens=args.max_tokens,
         sampling=sampling,
         seed=args.seed,
     )
     if alone:
-        print()
-    for number, (prompt, made) in enumerate(zip(args.prompt, done, strict=True)):
+        print("".join(waiting))
+    for number, (prompt, made) in enumerate(zip(prompts, done, strict=True)):
         if not alone:
             print(f"=== prompt {number}\n{prompt}{made.text}")
         print(

@@ -406,6 +406,18 @@ def test_generate_command(text_run, capsys):
     assert generate.main([*greedy, "--prompt", "Line"]) == 0
 
 
+def test_generate_command_speaks_ids(task_run, capsys):
+    words = ["--run", str(task_run), "--max_tokens", "2", "--prompt"]
+    assert generate.main([*words, "1 8 2  9 1"]) == 0
+    said = capsys.readouterr().out.split()
+    assert said[:5] == ["1", "8", "2", "9", "1"]
+    assert len(said) == 7
+    assert generate.main([*words, "1 8 two"]) == 2
+    got = capsys.readouterr()
+    assert got.out == ""
+    assert "'two' is no id of this model; write numbers from 0 to 12" in got.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
