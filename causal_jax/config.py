@@ -194,15 +194,21 @@ def _rebuild(obj: Any, tree: dict[str, Any], path: str, root: Any) -> Any:
         if name not in names:
             raise InputError(_unknown(here, names, obj, root, path))
         hint = hints.get(name, Any)
-        value = getattr(obj, name) if hints else obj[int(name)]
-        below = dict(below)
-        if "" in below:
-            value = _parse(here, hint, value, below.pop(""))
+        value, below = getattr(obj, name) if hints else obj[int(name)], dict(below)
+        words = below.pop("", None)
+        variants = _variants(hint, value)
+        if words is not None and variants and not (_strip_none(hint)[1] and _is_none(words)):
+            value = _variant(here, variants, words, below, root)
+        elif words is not None:
+            value = _parse(here, hint, value, words)
+        elif value is None and len(variants) == 1:
+            value = _variant(here, variants, [*variants], below, root)
         if below:
-            if value is None:
-                value = _default_of(hint)
             if not (is_config(value) or isinstance(value, tuple)):
-                raise InputError(f"{here} is {value!r}: it has no field {next(iter(below))!r}")
+                which = f"; name a variant first: {', '.join(variants)}" if variants else ""
+                raise InputError(
+                    f"{here} is {value!r}: it has no field {next(iter(below))!r}{which}"
+                )
             value = _rebuild(value, below, here, root)
         changes[name] = value
     if not hints:
@@ -216,14 +222,17 @@ def _rebuild(obj: Any, tree: dict[str, Any], path: str, root: Any) -> Any:
 
 def _parse(path: str, hint: Any, old: Any, words: list[str]) -> Any:
     """The value that the command-line words mean for a field annotated with `hint`."""
-    if hint is Any and old is not None and not is_config(old):
+    if hint is Any and old is not None:
         hint = type(old)
     bare, optional = _strip_none(hint)
     given = " ".join(words)
-    if optional and given.lower() == "none":
+    if optional and _is_none(words):
         return None
-    if is_config(old) or (isinstance(bare, type) and dataclasses.is_dataclass(bare)):
-        return _variant(path, bare if bare is not Any else type(old), given)
+    if isinstance(bare, type) and dataclasses.is_dataclass(bare):
+        raise InputError(f"{path} = {given!r}: a {bare.__name__} has no variants; set its fields")
+    members = _variants(typing.get_args(bare)[0]) if typing.get_origin(bare) is tuple else {}
+    if members:
+        return tuple(_variant(path, members, [word], {}, None) for word in words)
     if bare is bool and not words:
         return True
     if bare is str and len(words) == 1:
@@ -234,6 +243,10 @@ def _parse(path: str, hint: Any, old: Any, words: list[str]) -> Any:
         return _tyro(hint, words)
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} = {given!r}: expected {_type_name(hint)} ({e})") from e
+
+
+def _is_none(words: list[str]) -> bool:
+    return [word.lower() for word in words] == ["none"]
 
 
 def _tyro(hint: Any, words: list[str]) -> Any:
@@ -252,24 +265,46 @@ def _tyro(hint: Any, words: list[str]) -> Any:
         raise ValueError(reason.removeprefix("Error parsing ")) from e
 
 
-def _variant(path: str, base: type, name: str) -> Any:
-    """The default instance of the variant of `base` that is registered as `name`."""
-    choices = _variants(base)
-    if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=1)
+def _variant(path: str, variants: dict, words: list[str], below: dict, root: Any) -> Any:
+    """What a field may hold, by name: registered classes (a Registry lives beside a base class),
+    name = " ".join(words)
+    if name not in variants:
+        near = difflib.get_close_matches(name, variants, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(choices) or "none by name; set its fields instead"
-        raise InputError(f"{path} = {name!r}: no such {base.__name__}{hint} (known: {known})")
+        raise InputError(f"{path} = {name!r}: no such variant{hint} (known: {', '.join(variants)})")
+    cls, hints = variants[name], _hints(variants[name])
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [n for n in needed if "" not in below.get(n, {})]
+    if missing:
+        raise InputError(f"{path} = {name!r} also needs {path}.{missing[0]}")
+    given = {n: _parse(f"{path}.{n}", hints[n], None, below.pop(n)[""]) for n in needed}
     try:
-        return choices[name]()
-    except TypeError as e:
-        raise InputError(
-            f"{path} = {name!r}: {choices[name].__name__} has no defaults ({e}); use a config file"
-        ) from e
+        return cls(**given)
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{path} = {name!r}: {e}") from e
 
 
-def _variants(base: type) -> dict[str, type]:
-    """Registered classes of the kind `base` belongs to: a Registry lives beside the base class."""
+def _variants(hint: Any, value: Any = None) -> dict[str, type]:
+    """What a field may hold, by name: registered classes (a Registry lives beside the base class),
+
+    and the classes of a union or an Optional under their own names in small letters.
+    """
+    bare, optional = _strip_none(hint)
+    united = typing.get_origin(bare) in (typing.Union, types.UnionType)
+    bases = typing.get_args(bare) if united else (type(value) if bare is Any else bare,)
+    found: dict[str, type] = {}
+    for base in bases:
+        if isinstance(base, type) and dataclasses.is_dataclass(base):
+            alone = {base.__name__.lower(): base} if united or optional else {}
+            found |= _registered(base) or alone
+    return found
+
+
+def _registered(base: type) -> dict[str, type]:
     for cls in reversed(base.__mro__[:-1]):
         module = sys.modules.get(cls.__module__)
         for value in list(vars(module).values()) if module else ():
@@ -278,15 +313,6 @@ def _variants(base: type) -> dict[str, type]:
                 if found:
                     return found
     return {}
-
-
-def _default_of(hint: Any) -> Any:
-    """An instance to set fields on, where the value is None but the annotation is a dataclass."""
-    bare, _ = _strip_none(hint)
-    if isinstance(bare, type) and dataclasses.is_dataclass(bare):
-        with contextlib.suppress(TypeError):
-            return bare()
-    return None
 
 
 def _unknown(path: str, names: list[str], obj: Any, root: Any, parent: str) -> str:
@@ -328,15 +354,19 @@ def help_text(cfg: Any, *, prefix: str = "config") -> str:
     ]
     for path, hint, value, doc in fields(cfg):
         if is_config(value):
-            choices = _variants(type(value))
-            more = f" [{' | '.join(choices)}]" if len(choices) > 1 else ""
-            lines.append(f"  --{prefix}.{path}: {type(value).__name__}{more}")
+            lines.append(f"  --{prefix}.{path}: {type(value).__name__}{_among(hint, value)}")
             doc = doc or _summary(type(value))
         else:
-            lines.append(f"  --{prefix}.{path} {_type_name(hint)} = {short(value)}")
+            kind = f"{_type_name(hint)}{_among(hint, value)}"
+            lines.append(f"  --{prefix}.{path} {kind} = {short(value)}")
         if doc:
             lines.append(f"        {doc}")
     return "\n".join(lines)
+
+
+def _among(hint: Any, value: Any) -> str:
+    variants = _variants(hint, value)
+    return f" [{' | '.join(variants)}]" if len(variants) > 1 else ""
 
 
 def _summary(cls: type) -> str:

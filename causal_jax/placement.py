@@ -2,7 +2,7 @@
 
 Parameters that are cut over `fsdp` are meant to be gathered, layer by layer, by devices that each
 keep their own rows. The compiler does not know that: free to choose, it may as well keep the
-parameters cut and give every device all rows (measured on 8 devices: 3.4 times the temporary memory,
+parameters cut and give every device all rows (on 8 devices: 3.4 times the temporary memory,
 and activations instead of weights on the wire). One constraint on the residual stream settles it.
 """
 

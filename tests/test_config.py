@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from causal_jax import config
 from causal_jax.attention import Dense
+from causal_jax.data import Text
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
+from causal_jax.positions import Linear
 from causal_jax.training.optimizer import SGD, AdamW, Muon, Schedule
 from causal_jax.training.recipe import Recipe, Sample
 
@@ -127,7 +129,24 @@ def test_variants_by_name():
     changed = config.override(recipe, ["--config.model.attention.0.window", "64"])
     assert changed.model.attention == (Dense(window=64),)
     assert config.override(recipe, ["--config.sample.prompt", "Hi"]).sample == Sample(prompt="Hi")
+    assert config.override(recipe, ["--config.sample", "sample"]).sample == Sample()
     assert config.override(recipe, ["--config.model.rotary", "None"]).model.rotary is None
+    changed = config.override(recipe, ["--config.model.attention", "dense", "dense"])
+    assert changed.model.attention == (Dense(), Dense())
+    changed = config.override(
+        recipe, ["--config.data.source=text", "--config.data.source.path=a.txt"]
+    )
+    assert changed.data.source == Text(path="a.txt")
+    scaling = ["--config.model.rotary.scaling", "linear", "--config.model.rotary.scaling.factor=4"]
+    assert config.override(recipe, scaling).model.rotary.scaling == Linear(factor=4.0)
+    with pytest.raises(InputError, match=r"scaling = 'linear' also needs .*scaling.factor"):
+        config.override(recipe, scaling[:2])
+    with pytest.raises(
+        InputError, match=r"no field 'factor'; name a variant first: linear, llama3"
+    ):
+        config.override(recipe, scaling[2:])
+    with pytest.raises(InputError, match=r"a Data has no variants; set its fields"):
+        config.override(recipe, ["--config.data", "x"])
     with pytest.raises(InputError, match=r"config.optimizer = 'moon'.*did you mean 'muon'"):
         config.override(recipe, ["--config.optimizer", "moon"])
     with pytest.raises(InputError, match=r"config.optimizer.momentum.*AdamW"):
