@@ -11,6 +11,7 @@ from causal_jax.masks import And, Causal, Full, Mask, Prefix, Window, as_mask
 from causal_jax.taps import OFF, Tap
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax")
+SMALL = 256 * 256  # queries x keys up to which all scores at once are faster than tiles (CPU)
 
 
 class Choice(NamedTuple):
@@ -70,14 +71,18 @@ def choose(
         return Choice("cudnn", "full, causal or windowed attention on an NVIDIA GPU")
     if not refusals["tokamax"]:
         return Choice("tokamax", f"installed; cudnn cannot serve this: {refusals['cudnn']}")
-    if _small(q, k):
-        return Choice("reference", "small: computing all scores at once is cheapest")
+    if few(q, k):
+        if platform == "cpu":
+            return Choice("xla", "few queries: keys and values are read where they lie")
+        return Choice("reference", "few queries: all scores at once")
+    if q.shape[1] * k.shape[1] <= SMALL:
+        return Choice("reference", "small: all scores at once are cheapest")
     return Choice("xla", f"live tiles only, linear memory; cudnn: {refusals['cudnn']}")
 
 
-def _small(q: Any, k: Any) -> bool:
-    T, S = q.shape[1], k.shape[1]
-    return T <= 16 or T * S <= 256 * 256
+def few(q: Any, k: Any) -> bool:
+    """Few queries, as in decoding: wide products with all keys cost less than moving keys."""
+    return q.shape[1] <= 16 and q.shape[1] * k.shape[2] <= 128
 
 
 def _fused_refusal(q, k, mask, sinks, q_offset, return_lse) -> str | None:

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._implementations import IMPLEMENTATIONS, causal_window, choose
+from causal_jax.attention._implementations import IMPLEMENTATIONS, causal_window, choose, few
+from causal_jax.attention._scores import few_queries, reference
 from causal_jax.errors import InputError
 from causal_jax.masks import Dense as DenseMask
 from causal_jax.masks import Mask, Prefix, Sinks, Window, as_mask
@@ -101,7 +102,7 @@ def dense_attention(
     if name in ("cudnn", "tokamax"):
         o, lse = _vendor(name, q, k, v, mask, bias, scale, soft_cap), None
     else:
-        run = functools.partial(_reference, tap=tap) if name == "reference" else _xla
+        run = functools.partial(reference, tap=tap) if name == "reference" else _xla
         o, lse = run(
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
         )
@@ -109,51 +110,12 @@ def dense_attention(
     return z if lse is None or not return_lse else (z, lse)
 
 
-def _reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap):
-    """The formula of the module's docstring, all scores at once, in float32 or wider."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    G, acc, dtype = N // K, jnp.promote_types(jnp.float32, q.dtype), v.dtype
-    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    allowed = mask.to_dense(T, S, q_offset=q_offset)
-
-    (q, bad_q), (k, bad_k), (v, bad_v) = (_finite(x.astype(acc)) for x in (q, k, v))
-    s = einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, G, H), k) * scale
-    s = s.reshape(B, N, T, S)
-    if soft_cap is not None:
-        s = soft_cap * jnp.tanh(s / soft_cap)
-    if bias is not None:
-        s = s + bias.astype(acc)
-    # What is not finite comes back here as NaN, where the mask decides who sees it.
-    s = s + bad_q.transpose(0, 2, 1)[..., None]
-    s = s + jnp.repeat((bad_k + bad_v).transpose(0, 2, 1), G, axis=1)[:, :, None]
-    s = tap("scores", s)
-
-    s = jnp.where(allowed, s, -jnp.inf)
-    top = s.max(-1, keepdims=True)
-    if sinks is not None:
-        sinks = sinks.astype(acc)[None, :, None, None]
-        top = jnp.maximum(top, sinks)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    p = jnp.exp(s - top)
-    total = p.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - top)
-    nothing = total == 0
-    total = jnp.where(nothing, 1, total)
-    lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))[..., 0].transpose(0, 2, 1)
-    p = tap("pattern", jnp.where(allowed, p / total, 0))
-    o = einsum("bkgts,bskh->btkgh", p.reshape(B, K, G, T, S), v)
-    return o.reshape(B, T, N, -1).astype(dtype), lse
-
-
-def _finite(x):
-    """(x with 0 for what is not finite, 0 or NaN per vector): 0 * NaN must reach no masked pair."""
-    ok = jnp.isfinite(x)
-    return jnp.where(ok, x, 0), jnp.where(ok.all(-1), 0.0, jnp.nan).astype(x.dtype)
-
-
 def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     T, S = q.shape[1], k.shape[1]
+    if few(q, k) and jax.default_backend() == "cpu":
+        return few_queries(
+            q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
+        )
     tiles = TILES.clip(T, S)
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
