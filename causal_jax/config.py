@@ -266,7 +266,7 @@ def _tyro(hint: Any, words: list[str]) -> Any:
 
 
 def _variant(path: str, variants: dict, words: list[str], below: dict, root: Any) -> Any:
-    """What a field may hold, by name: registered classes (a Registry lives beside a base class),
+    """The variant called `words` at its defaults; fields that have none come from `below`."""
     name = " ".join(words)
     if name not in variants:
         near = difflib.get_close_matches(name, variants, n=1)
@@ -289,9 +289,10 @@ def _variant(path: str, variants: dict, words: list[str], below: dict, root: Any
 
 
 def _variants(hint: Any, value: Any = None) -> dict[str, type]:
-    """What a field may hold, by name: registered classes (a Registry lives beside the base class),
+    """What a field may hold, by name.
 
-    and the classes of a union or an Optional under their own names in small letters.
+    Registered classes (a Registry lives beside a base class); the classes of a union or an Optional
+    under their own names in small letters.
     """
     bare, optional = _strip_none(hint)
     united = typing.get_origin(bare) in (typing.Union, types.UnionType)
