@@ -22,6 +22,7 @@ from causal_jax.nn.linear import Embed, Linear
 from causal_jax.nn.mlp import MLP, ActivationName, is_gated
 from causal_jax.nn.norm import NormName, make_norm
 from causal_jax.nn.stack import Stack
+from causal_jax.placement import with_batch
 from causal_jax.positions import Rotary
 from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.taps import OFF, Tap
@@ -253,7 +254,7 @@ class DecoderModel(nnx.Module):
             allowed = allowed & mask
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self._embed(tokens, positions), self.spec.dropout, keys[0])
-        x = tap("embed", x)
+        x = tap("embed", with_batch(x))
         x = self.stack(x, mask=allowed, positions=positions, key=keys[1], tap=tap)
         return tap("final", self.norm(x))
 

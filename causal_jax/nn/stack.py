@@ -20,6 +20,7 @@ from causal_jax import masks
 from causal_jax.attention import AttentionSpec
 from causal_jax.nn.attention import KV
 from causal_jax.nn.block import Block
+from causal_jax.placement import with_batch
 from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 
@@ -95,7 +96,8 @@ class Stack(nnx.Module):
         def layer(graph, x, xs, tap):
             params, key = xs
             block = nnx.merge(graph, params)
-            return block(x, mask=mask, positions=positions, key=key, tap=tap), None
+            x = block(x, mask=mask, positions=positions, key=key, tap=tap)
+            return with_batch(x), None
 
         for segment, graphs, params in self._parts():
             keys = [None] * len(graphs)
