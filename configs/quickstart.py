@@ -23,7 +23,9 @@ def get_config(arg: str = "") -> Recipe:
         raise ValueError(f"configs/quickstart.py knows the argument 'smoke', got {arg!r}")
     smoke = arg == "smoke"
     return Recipe(
-        model=Decoder(layers=1 if smoke else 4, width=64 if smoke else 256, heads=4, context=256),
+        model=Decoder(
+            layers=1 if smoke else 4, width=64 if smoke else 256, heads=4, context=256, dropout=0.1
+        ),
         data=Data(
             source=Corpus(),
             tokenizer=BPE(vocab=512 if smoke else 1024),
@@ -31,9 +33,9 @@ def get_config(arg: str = "") -> Recipe:
             batch=8,
         ),
         optimizer=Muon(lr=4e-3, schedule=Schedule(warmup=10, final=0.02)),
-        steps=4 if smoke else 500,
-        evaluation=Evaluation(every=0 if smoke else 100),
-        checkpoint=Checkpoints(every=2 if smoke else 250),
+        steps=4 if smoke else 280,
+        evaluation=Evaluation(every=0 if smoke else 70),
+        checkpoint=Checkpoints(every=2 if smoke else 140),
         report=Report(every=1 if smoke else 10),
         sample=Sample(prompt="The ", tokens=16 if smoke else 200),
     )
