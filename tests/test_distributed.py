@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 from test_training import CONFIG
+from tiny import compiled  # noqa: F401
 
 from causal_jax import train
 from causal_jax.training import report
@@ -34,9 +36,13 @@ def _start(recipe_file, folder, *words, processes, devices):
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "causal_jax.train", "--config", recipe_file]
     command += ["--config.workdir", str(folder), "--config.mesh.data", "-1", *words]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     started = []
     for index in range(processes):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        env = os.environ | cache | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         if processes > 1:
             env |= {
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

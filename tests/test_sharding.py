@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from tiny import Tiny, make_run, random_batch
+from tiny import Tiny, compiled, make_run, random_batch  # noqa: F401
 
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder

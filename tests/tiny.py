@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from causal_jax.models._base import ModelSpec
@@ -107,3 +108,16 @@ def make_run(spec, optimizer, mesh, *, objective=NEXT, steps=10, accumulate=1, e
         graph, objective, optimizer, abstract, mesh, steps=steps, accumulate=accumulate, ema=ema
     )
     return state.new_state(spec, tx, abstract, 0), run, abstract
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Programs compiled by one run are there for the next, in this process or another."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (folder, 0.0)):
+        jax.config.update(name, value)
+    yield folder
+    for name, value in zip(names, before):
+        jax.config.update(name, value)
