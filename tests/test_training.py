@@ -360,7 +360,8 @@ def _losses(folder, split="train"):
 
 def test_a_run_leaves_everything_a_run_folder_holds(recipe_file, tmp_path, capsys):
     run = tmp_path / "run"
-    assert _train(recipe_file, run, "--config.report.plot", "--config.report.every", "2") == 0
+    words = ["--config.report.plot", "--config.report.every", "2", "--config.evaluation.ngrams=2"]
+    assert _train(recipe_file, run, *words) == 0
     out = capsys.readouterr().out
     assert (run / "log.txt").read_text() == out
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -374,6 +375,9 @@ def test_a_run_leaves_everything_a_run_folder_holds(recipe_file, tmp_path, capsy
     assert re.search(line + r".*tok/s  .*FLOP/s \(mfu n/a\)  eta 0:00", out)
     final = next(r for r in report.read(run / "metrics.jsonl") if r["split"] == "final")
     assert final["bits_per_byte"] == pytest.approx(final["loss"] / np.log(2), rel=0.05)
+    assert re.search(
+        r"2-gram \(Witten-Bell\) +\d\.\d{3}\n  this model +\d\.\d{3}   beats \d of 2", out
+    )
     assert f"done: step 8; run folder {run}" in out
 
 
