@@ -36,8 +36,6 @@ from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention
 
-TILES = Tiles()  # of "xla"
-
 
 def dense_attention(
     q: Float[Array, "B T N H"],
@@ -116,13 +114,20 @@ def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
         return few_queries(
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
         )
-    tiles = TILES.clip(T, S)
+    tiles = _tiles(T, S).clip(T, S)
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     return block_sparse_attention(
         q, k, v, mask, Schedule.build(live.cnt, live.idx, live.kind), scale=scale, bias=bias,
         soft_cap=soft_cap, sinks=sinks, q_offset=q_offset, tiles=tiles,
     )  # fmt: skip
+
+
+def _tiles(T: int, S: int) -> Tiles:
+    """Measured on two AVX2 cores: tiles that stay in the second-level cache, 2 MB of scores."""
+    if jax.default_backend() == "cpu":
+        return Tiles(256 if max(T, S) <= 1024 else 512, 256, entries=2**19)
+    return Tiles(512, 512)
 
 
 def _vendor(name, q, k, v, mask, bias, scale, soft_cap):
