@@ -36,9 +36,9 @@ def get_config(arg: str = "") -> Recipe:
         ),
         optimizer=Muon(lr=3e-3, weight_decay=0.3, schedule=Schedule(warmup=50, final=0.0)),
         ema=0.99,
-        steps=4 if smoke else 900,
-        evaluation=Evaluation(every=0 if smoke else 150),
-        checkpoint=Checkpoints(every=2 if smoke else 150),
+        steps=4 if smoke else 480,
+        evaluation=Evaluation(every=0 if smoke else 120),
+        checkpoint=Checkpoints(every=2 if smoke else 120),
         report=Report(every=1 if smoke else 20),
         sample=Sample(prompt="The ", tokens=16 if smoke else 300),
     )
