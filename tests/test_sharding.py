@@ -95,6 +95,9 @@ def test_parameters_and_optimizer_state_follow_the_table():
     block = "stack/blocks/0/0"
     want = {
         f"{block}/attention/q/kernel": PartitionSpec(None, "fsdp", "tensor"),
+        f"{block}/attention/k/kernel": PartitionSpec(
+            None, "fsdp", None
+        ),  # 2 heads are not cut in 4
         f"{block}/attention/o/kernel": PartitionSpec(None, "tensor", "fsdp"),
         f"{block}/mlp/gate/kernel": PartitionSpec(None, "fsdp", "tensor"),
         f"{block}/mlp/down/kernel": PartitionSpec(None, "tensor", "fsdp"),
@@ -105,7 +108,9 @@ def test_parameters_and_optimizer_state_follow_the_table():
         copies = [found for full, found in specs.items() if full.endswith(name)]
         assert copies == [spec] * 4, name  # parameter, average, two moments
     assert specs["step"] == PartitionSpec()
-    assert not whole
+    assert {line.split(" ")[0].split("/")[-2] for line in whole} == {"k", "v"}
+    line = "(2, 32, 16): 2 heads are not divisible by tensor=4, kept whole"
+    assert all(line in entry for entry in whole)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole_and_is_named():

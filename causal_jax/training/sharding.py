@@ -106,7 +106,10 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def state_shardings(
-    mesh: Mesh, state: Any, rules: Sequence[tuple[str, tuple[str | None, ...]]] = ()
+    mesh: Mesh,
+    state: Any,
+    rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
+    heads: Mapping[str, int] | None = None,
 ) -> tuple[Any, list[str]]:
     """A NamedSharding for every leaf of an (abstract) state.
 
@@ -115,27 +118,41 @@ def state_shardings(
     the result is the same and one odd size (a vocabulary, say) should not stop a run; what it costs
     is memory, so every such case is returned for the log.
 
+    Args:
+        mesh, state: the devices; arrays or their shapes.
+        rules: in place of `RULES`.
+        heads: {projection: heads its columns are made of}. A head is never cut over `tensor`: the
+            products of one head belong together (and XLA of jaxlib 0.12.0 dies of it).
+
     Returns:
         (the tree of shardings, one line per dimension that was kept whole).
     """
     kept: list[str] = []
+    heads = heads or {}
 
     def shard(name: str, leaf: Any) -> NamedSharding:
+        projection = name.split("/")[-2] if "/" in name else ""
         for pattern, axes in rules or RULES:
             if re.search(pattern, name) and len(axes) <= leaf.ndim:
-                return NamedSharding(mesh, _fit(mesh, name, leaf.shape, axes, kept))
+                parts = heads.get(projection)
+                return NamedSharding(mesh, _fit(mesh, name, leaf.shape, axes, parts, kept))
         return NamedSharding(mesh, PartitionSpec())
 
     return map_named(shard, state), kept
 
 
-def _fit(mesh: Mesh, name: str, shape: tuple, axes: tuple, kept: list[str]) -> PartitionSpec:
+def _fit(
+    mesh: Mesh, name: str, shape: tuple, axes: tuple, heads: int | None, kept: list[str]
+) -> PartitionSpec:
     front = len(shape) - len(axes)
     spec: list[str | None] = [None] * front
     for size, axis in zip(shape[front:], axes):
-        if axis is not None and size % mesh.shape[axis]:
+        whole, unit = (heads, " heads") if axis == "tensor" and heads else (size, "")
+        if axis is not None and whole % mesh.shape[axis]:
+            verb = "are" if unit else "is"
             kept.append(
-                f"{name} {shape}: {size} is not divisible by {axis}={mesh.shape[axis]}, kept whole"
+                f"{name} {shape}: {whole}{unit} {verb} not divisible by "
+                f"{axis}={mesh.shape[axis]}, kept whole"
             )
             axis = None
         spec.append(axis)

@@ -52,11 +52,18 @@ def abstract_state(
         (tree of ShapeDtypeStruct with sharding, dimensions that could not be split).
     """
     shapes = jax.eval_shape(lambda key: init_state(spec, tx, key, ema=ema), jax.random.key(0))
-    shardings, kept = state_shardings(mesh, shapes, rules)
+    shardings, kept = state_shardings(mesh, shapes, rules, _heads(spec))
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
     )
     return abstract, kept
+
+
+def _heads(spec: Any) -> dict[str, int]:
+    """Of how many heads the columns of each attention projection are made."""
+    heads = getattr(spec, "heads", 0)
+    shared = getattr(spec, "kv_heads", 0) or heads
+    return {"q": heads, "o": heads, "k": shared, "v": shared} if heads else {}
 
 
 def shardings_of(abstract: State) -> Any:
