@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causal_jax import taps
-from causal_jax.attention import Dense, choose, dense, dense_attention
+from causal_jax.attention import Dense, choose, compiling_for, dense, dense_attention
 from causal_jax.masks import (
     Causal,
     Documents,
@@ -403,16 +404,60 @@ def test_float64_is_kept():
         close(lse, ref[1], 1e-12)
 
 
-def test_sharded_over_heads_and_batch(small_tiles):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_sharded_documents(platform, small_tiles):
     q, k, v = qkv(B=4, T=40, S=40)
+    ids = jnp.concatenate([IDS, IDS[:, ::-1]])[:, :40]
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     split = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
-    loss = lambda q, k, v: jnp.sum(  # noqa: E731
-        jnp.sin(dense_attention(q, k, v, mask=Causal(), implementation="xla"))
-    )
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    here, there = run(q, k, v), run(*(jax.device_put(x, split) for x in (q, k, v)))
-    jax.tree.map(close, here, there)
+
+    def loss(q, k, v, ids):
+        mask = Causal() & Documents(ids)
+        return jnp.sum(jnp.sin(dense_attention(q, k, v, mask=mask, implementation="xla")))
+
+    with compiling_for(platform):
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        here = run(q, k, v, ids)
+        q, k, v = (jax.device_put(x, split) for x in (q, k, v))
+        ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+        text = run.lower(q, k, v, ids).compile().as_text()
+    jax.tree.map(functools.partial(close, tol=5e-5), here, run(q, k, v, ids))
+    if platform == "tpu":  # one schedule for all rows: no activation leaves its device
+        assert not re.search(r"= f32\S* all-gather", text)
+
+
+@pytest.mark.parametrize("name", ["per_head", "documents"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_form_for_accelerators(name, dtype, small_tiles):
+    q, k, v = qkv(dtype=dtype)
+    do, dlse = *arrays((2, 37, 4, 8), dtype=dtype), *arrays((2, 37, 4))
+    with compiling_for("tpu"):
+        ours = graded(q, k, v, MASKS[name], None, None, do, dlse, implementation="xla")
+    theirs = reference(q, k, v, visible(name), None, None, do, dlse)
+    tol = 5e-5 if dtype == jnp.float32 else 5e-2
+    jax.tree.map(functools.partial(close, tol=tol), ours, theirs)
+
+
+@pytest.mark.slow
+def test_compiles_for_a_tpu_without_moving_keys():
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(2, 2), ("data", "tensor"))
+    split = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((4, 4096, 8, 128), jnp.bfloat16, sharding=split)
+    ids = jax.ShapeDtypeStruct((4, 4096), jnp.int32, sharding=rows)
+
+    def loss(q, k, v, ids):
+        mask = Causal() & Documents(ids)
+        return dense_attention(q, k, v, mask=mask).astype(jnp.float32).sum()
+
+    with compiling_for("tpu"):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, ids).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 
 def test_reference_has_second_derivatives():

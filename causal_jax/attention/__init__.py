@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causal_jax.attention._base import AttentionSpec, Case, attention
-    from causal_jax.attention._implementations import Choice, choose
+    from causal_jax.attention._implementations import Choice, choose, compiling_for
     from causal_jax.attention.dense import Dense, dense_attention
 
 _HOME = {
@@ -20,10 +20,20 @@ _HOME = {
     "Choice": "_implementations",
     "Dense": "dense",
     "choose": "_implementations",
+    "compiling_for": "_implementations",
     "dense_attention": "dense",
 }
 
-__all__ = ["AttentionSpec", "Case", "Choice", "Dense", "attention", "choose", "dense_attention"]
+__all__ = [
+    "AttentionSpec",
+    "Case",
+    "Choice",
+    "Dense",
+    "attention",
+    "choose",
+    "compiling_for",
+    "dense_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Which implementation of dense attention serves a call, and why: decided by statics only."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,31 @@ from causal_jax.taps import OFF, Tap
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax")
 SMALL = 128 * 128  # queries x keys up to which all scores at once are as fast, and compile faster
+
+
+_TARGET: list[str] = []
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Choose for another platform than the one this process runs on.
+
+    For programs traced here and compiled ahead of time for a machine that is elsewhere. Trace
+    fresh functions inside: jit does not know this context, and remembers what it has traced.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+    """
+    _TARGET.append(platform)
+    try:
+        yield
+    finally:
+        _TARGET.pop()
+
+
+def target() -> str:
+    """The platform to choose for."""
+    return _TARGET[-1] if _TARGET else jax.default_backend()
 
 
 class Choice(NamedTuple):
@@ -41,12 +68,12 @@ def choose(
 
     Args:
         q, k, v: arrays or `jax.ShapeDtypeStruct`s; the other arguments as in `dense_attention`.
-        platform: "cpu", "gpu" or "tpu"; None: the default backend.
+        platform: "cpu", "gpu" or "tpu"; None: the default backend, or that of `compiling_for`.
 
     Raises:
         InputError: unknown name. NotImplementedError: the one named cannot serve this.
     """
-    mask, platform = as_mask(mask), platform or jax.default_backend()
+    mask, platform = as_mask(mask), platform or target()
     if kv_length is not None:
         mask = mask & Prefix(kv_length)
     site = next((s for s in ("scores", "pattern") if tap.wants(s)), None)

@@ -27,7 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._implementations import IMPLEMENTATIONS, causal_window, choose, few
+from causal_jax.attention._implementations import (
+    IMPLEMENTATIONS,
+    causal_window,
+    choose,
+    few,
+    target,
+)
 from causal_jax.attention._scores import few_queries, reference
 from causal_jax.errors import InputError
 from causal_jax.masks import Dense as DenseMask
@@ -110,22 +116,26 @@ def dense_attention(
 
 def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     T, S = q.shape[1], k.shape[1]
-    if few(q, k) and jax.default_backend() == "cpu":
+    if few(q, k) and target() == "cpu":
         return few_queries(
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
         )
     tiles = _tiles(T, S).clip(T, S)
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
+    on_cpu = target() == "cpu"
+    schedule = (
+        Schedule.build(live.cnt, live.idx, live.kind) if on_cpu else Schedule.joined(live.tiles())
+    )
     return block_sparse_attention(
-        q, k, v, mask, Schedule.build(live.cnt, live.idx, live.kind), scale=scale, bias=bias,
-        soft_cap=soft_cap, sinks=sinks, q_offset=q_offset, tiles=tiles,
+        q, k, v, mask, schedule, scale=scale, bias=bias, soft_cap=soft_cap, sinks=sinks,
+        q_offset=q_offset, tiles=tiles, upcast=on_cpu,
     )  # fmt: skip
 
 
 def _tiles(T: int, S: int) -> Tiles:
     """Measured on two AVX2 cores: tiles that stay in the second-level cache, 2 MB of scores."""
-    if jax.default_backend() == "cpu":
+    if target() == "cpu":
         return Tiles(256 if max(T, S) <= 1024 else 512, 256, entries=2**19)
     return Tiles(512, 512)
 

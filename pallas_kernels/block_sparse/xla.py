@@ -80,6 +80,20 @@ class Schedule(NamedTuple):
         idx = xp.take_along_axis(idx, order, axis=-1)
         return cls(full.sum(-1).astype(np.int32), cnt.astype(np.int32), idx.astype(np.int32))
 
+    @classmethod
+    def joined(cls, grid: Any) -> "Schedule":
+        """One schedule for all batch rows and heads from the kinds of tiles [b, h, nq, nk].
+
+        A tile is live if it is for somebody, full if it is for everybody. More work than lists of
+        their own, but all rows and heads go through one set of loops and none is sliced out of an
+        axis that may be sharded.
+        """
+        xp: Any = np if isinstance(grid, np.ndarray) else jnp
+        live = (grid > 0).any((0, 1), keepdims=True)
+        full = (grid == FULL).all((0, 1), keepdims=True)
+        idx = xp.argsort(xp.where(full, 0, xp.where(live, 1, 2)), axis=-1, stable=True)
+        return cls(*(x.astype(np.int32) for x in (full.sum(-1), live.sum(-1), idx)))
+
     def has(self) -> tuple[bool, bool]:
         """(some full tiles, some partial tiles); True where it is not known on the host."""
         if not isinstance(self.full, np.ndarray):
@@ -99,7 +113,7 @@ class _Config:
     sizes: tuple[int, int, int]  # B, K, G
     unit: tuple[int, int, int]  # how many of each are worked on at once
     has: tuple[bool, bool]  # full tiles, partial tiles
-    upcast: bool  # multiply in float32 (CPU), else in the arrays' own type with float32 sums
+    upcast: bool  # multiply in float32
     scaled: bool  # the scale goes into q before the product, else onto the product
 
 
@@ -116,6 +130,7 @@ def block_sparse_attention(
     sinks: jax.Array | None = None,
     q_offset: Any = 0,
     tiles: Tiles = Tiles(),
+    upcast: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the live tiles of a mask.
 
@@ -129,13 +144,15 @@ def block_sparse_attention(
         sinks: [N] logits of a virtual key without value.
         q_offset: int or [B], absolute index of the first query.
         tiles: sizes of the work.
+        upcast: multiply in float32 (best on a CPU), else in the arrays' own type, summing in
+            float32.
 
     Returns:
         o [B, T, N, H'] in v's dtype and lse [B, T, N] in float32, both differentiable; 0 and -inf
         where nothing may be attended.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    G, tiles, upcast = N // K, tiles.clip(T, S), jax.default_backend() == "cpu"
+    G, tiles = N // K, tiles.clip(T, S)
     bq, bk = tiles.block_q, tiles.block_k
     cfg = _Config(
         scale=float(scale),
