@@ -51,22 +51,32 @@ class Decoder(ModelSpec):
     """Sizes and switches of a decoder.
 
     Attributes:
-        layers, width, heads: L, D, N.
-        kv_heads: K (0: as many as heads). head_dim: H (0: width / heads).
-        hidden: F (0: 8/3 width, rounded up to 64, when the activation is gated; 4 width otherwise).
-        attention: specs tiled over depth: (a,) for all layers, (a, b) alternating, ...
-        rotary: rotary embedding, or None. learned_positions: a table of `context` positions added
-            to the embedding.
-        tied: the output head is the embedding table. embed_scale: multiplies the embedding (Gemma:
-            sqrt(width)).
-        logits_soft_cap: c in c tanh(logits / c). parallel, post_norm, qk_norm: see `nn.block`,
-            `nn.attention`.
+        layers: L.
+        width: D, of the residual stream.
+        heads: N, query heads.
+        kv_heads: K, key and value heads; 0: as many as query heads.
+        head_dim: H, of a head; 0: width / heads.
+        hidden: F, of the feed-forward layers; 0: 8/3 width rounded up to 64 if gated, else 4 width.
+        activation: of the feed-forward layers; the names with "glu" are gated.
+        norm: "rms" or "layer".
+        norm_eps: floor under the variance in every norm.
+        attention: specs tiled over depth: (a,) for all layers, (a, b) for alternating ones, ...
+        rotary: rotary embedding of queries and keys, or None.
+        learned_positions: whether a table of `context` positions is added to the embedding.
+        qkv_bias: biases of the query, key and value projections.
+        out_bias: bias of the attention's output projection.
+        mlp_bias: biases of the feed-forward layers.
+        qk_norm: RMS-normalise every query and key head (arXiv 2302.05442).
+        post_norm: normalise what each branch adds to the residual stream (Gemma 2).
+        parallel: attention and feed-forward layer read the same input (GPT-NeoX).
+        tied: the output head is the embedding table.
+        embed_scale: multiplies the embedding (Gemma: sqrt(width)).
+        logits_soft_cap: c in c tanh(logits / c), or None.
         context: longest sequence the model is meant for.
         dropout: rate on the embedding and on every branch, in training only.
-        dtype: of the computation; parameters are float32. remat: what the backward pass keeps of a
-            layer.
-        scan: stack equal layers and scan over them (fast to compile); False keeps every layer apart
-            (fastest decoding).
+        dtype: of the computation; parameters are float32.
+        remat: what the backward pass keeps of a layer: "none" (all), "dots", "full" (nothing).
+        scan: stack equal layers and scan over them (compiles fast); False keeps every layer apart.
     """
 
     layers: int = 12
