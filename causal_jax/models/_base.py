@@ -29,7 +29,7 @@ class ModelSpec:
         raise NotImplementedError
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of one training step (forward and backward) per token at this sequence length."""
+        """Floating-point operations of a training step per token, at this sequence length."""
         raise NotImplementedError
 
     def param_count(self) -> int:

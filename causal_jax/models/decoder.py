@@ -51,12 +51,12 @@ class Decoder(ModelSpec):
     """Sizes and switches of a decoder.
 
     Attributes:
-        layers: L.
-        width: D, of the residual stream.
-        heads: N, query heads.
-        kv_heads: K, key and value heads; 0: as many as query heads.
-        head_dim: H, of a head; 0: width / heads.
-        hidden: F, of the feed-forward layers; 0: 8/3 width rounded up to 64 if gated, else 4 width.
+        layers: number of layers (L).
+        width: of the residual stream (D).
+        heads: query heads (N).
+        kv_heads: key and value heads (K); 0: as many as query heads.
+        head_dim: width of a head (H); 0: width / heads.
+        hidden: width of the feed-forward layers (F); 0: 8/3 width rounded up to 64 if gated, else 4 width.
         activation: of the feed-forward layers; the names with "glu" are gated.
         norm: "rms" or "layer".
         norm_eps: floor under the variance in every norm.
@@ -156,7 +156,7 @@ class Decoder(ModelSpec):
         return DecoderModel(self, rngs=nnx.Rngs(key))
 
     def flops_per_token(self, length: int) -> float:
-        """Forward and backward (3 x forward): 2 per multiplying weight, plus attention's products."""
+        """Forward and backward (3 x forward): 2 per multiplying weight, and attention's own."""
         gates = 2 if is_gated(self.activation) else 1
         projections = self.width * self.head_width * 2 * (self.heads + self.kv_count)
         block = projections + self.width * self.hidden_width * (gates + 1)
