@@ -24,81 +24,13 @@ attend to gives NaN. Reverse-mode differentiation only (custom_vjp).
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-FULL = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes of the work.
-
-    Attributes:
-        block_q, block_k: queries and keys per tile (clipped to the lengths).
-        entries: scores computed at once (batch x heads x tile); 0: all batch rows and heads.
-    """
-
-    block_q: int = 512
-    block_k: int = 512
-    entries: int = 0
-
-    def __post_init__(self):
-        if self.block_q < 1 or self.block_k < 1 or self.entries < 0:
-            raise ValueError(f"tile sizes must be positive, got {self}")
-
-    def clip(self, queries: int, keys: int) -> "Tiles":
-        """The same, no larger than the problem."""
-        return Tiles(min(self.block_q, queries), min(self.block_k, keys), self.entries)
-
-
-class Schedule(NamedTuple):
-    """Live tiles of each query tile: `idx[.., :full]` are full, `idx[.., full:count]` partial.
-
-    The first two axes may be 1: the same for every batch row, every query head. numpy arrays if it
-    is known on the host, else jax arrays.
-    """
-
-    full: Any  # [B|1, N|1, nq] int32
-    count: Any  # [B|1, N|1, nq] int32
-    idx: Any  # [B|1, N|1, nq, P] int32
-
-    @classmethod
-    def build(cls, cnt: Any, idx: Any, kind: Any) -> "Schedule":
-        """From lists of live tiles: `cnt` valid entries of `idx`, `kind` 2 where full, else 1.
-
-        A tile that hangs over the last key must not be called full.
-        """
-        xp: Any = np if all(isinstance(x, np.ndarray) for x in (cnt, idx, kind)) else jnp
-        live = xp.arange(idx.shape[-1])[None, None, None] < cnt[..., None]
-        full = live & (kind == FULL)
-        order = xp.argsort(xp.where(full, 0, xp.where(live, 1, 2)), axis=-1, stable=True)
-        idx = xp.take_along_axis(idx, order, axis=-1)
-        return cls(full.sum(-1).astype(np.int32), cnt.astype(np.int32), idx.astype(np.int32))
-
-    @classmethod
-    def joined(cls, grid: Any) -> "Schedule":
-        """One schedule for all batch rows and heads from the kinds of tiles [b, h, nq, nk].
-
-        A tile is live if it is for somebody, full if it is for everybody. More work than lists of
-        their own, but all rows and heads go through one set of loops and none is sliced out of an
-        axis that may be sharded.
-        """
-        xp: Any = np if isinstance(grid, np.ndarray) else jnp
-        live = (grid > 0).any((0, 1), keepdims=True)
-        full = (grid == FULL).all((0, 1), keepdims=True)
-        idx = xp.argsort(xp.where(full, 0, xp.where(live, 1, 2)), axis=-1, stable=True)
-        return cls(*(x.astype(np.int32) for x in (full.sum(-1), live.sum(-1), idx)))
-
-    def has(self) -> tuple[bool, bool]:
-        """(some full tiles, some partial tiles); True where it is not known on the host."""
-        if not isinstance(self.full, np.ndarray):
-            return True, True
-        return bool(self.full.any()), bool((self.count > self.full).any())
+from pallas_kernels.block_sparse.schedule import Schedule, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +61,7 @@ def block_sparse_attention(
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     q_offset: Any = 0,
-    tiles: Tiles = Tiles(),
+    tiles: Tiles | None = None,
     upcast: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the live tiles of a mask.
@@ -152,7 +84,7 @@ def block_sparse_attention(
         where nothing may be attended.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    G, tiles = N // K, tiles.clip(T, S)
+    G, tiles = N // K, (tiles or Tiles()).clip(T, S)
     bq, bk = tiles.block_q, tiles.block_k
     cfg = _Config(
         scale=float(scale),
