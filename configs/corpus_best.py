@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> Recipe:
             source=Corpus(),
             tokenizer=BPE(vocab=512 if smoke else 1024),
             context=64 if smoke else 256,
-            batch=4 if smoke else 16,
+            batch=8 if smoke else 16,
         ),
         optimizer=Muon(lr=3e-3, weight_decay=0.3, schedule=Schedule(warmup=50, final=0.0)),
         ema=0.99,

@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> Recipe:
             source=Corpus() if smoke else Text(),
             tokenizer=BPE(vocab=512 if smoke else 50_304),
             context=64 if smoke else 1024,
-            batch=8 if smoke else 512,
+            batch=16 if smoke else 512,
         ),
         objective=NextToken(z_loss=1e-4),
         optimizer=Muon(
