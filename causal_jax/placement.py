@@ -35,3 +35,8 @@ def with_batch(x: jax.Array) -> jax.Array:
     if not any(spec):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def time_is_whole() -> bool:
+    """Whether no mesh axis cuts the time axis here: [B, T, ...] may be folded to [B T, ...]."""
+    return jax.sharding.get_abstract_mesh().shape.get(TIME, 1) == 1

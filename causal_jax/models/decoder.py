@@ -18,7 +18,7 @@ from causal_jax.attention import AttentionSpec, Dense
 from causal_jax.models._base import ModelSpec, models
 from causal_jax.nn.attention import KV, Attention
 from causal_jax.nn.block import Block, dropout
-from causal_jax.nn.linear import Embed, Linear
+from causal_jax.nn.linear import Embed, Linear, matmul
 from causal_jax.nn.mlp import MLP, ActivationName, is_gated
 from causal_jax.nn.norm import NormName, make_norm
 from causal_jax.nn.stack import Stack
@@ -56,7 +56,8 @@ class Decoder(ModelSpec):
         heads: query heads (N).
         kv_heads: key and value heads (K); 0: as many as query heads.
         head_dim: width of a head (H); 0: width / heads.
-        hidden: width of the feed-forward layers (F); 0: 8/3 width rounded up to 64 if gated, else 4 width.
+        hidden: width of the feed-forward layers (F); 0: 8/3 width rounded up to 64 if gated,
+            else 4 width.
         activation: of the feed-forward layers; the names with "glu" are gated.
         norm: "rms" or "layer".
         norm_eps: floor under the variance in every norm.
@@ -271,9 +272,7 @@ class DecoderModel(nnx.Module):
     def unembed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in float32, soft-capped where the spec says so."""
         table = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.einsum(
-            "...d,dv->...v", h, table.astype(h.dtype), preferred_element_type=jnp.float32
-        )
+        logits = matmul(h, table.astype(h.dtype), preferred_element_type=jnp.float32)
         cap = self.spec.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -135,10 +135,10 @@ class Recipe:
     """
 
     model: ModelSpec
-    data: Data = Data()  # noqa: RUF009 (frozen)
-    objective: Objective = NextToken()  # noqa: RUF009 (frozen)
-    optimizer: Optimizer = AdamW()  # noqa: RUF009 (frozen)
-    mesh: MeshSpec = MeshSpec()  # noqa: RUF009 (frozen)
+    data: Data = Data()
+    objective: Objective = NextToken()
+    optimizer: Optimizer = AdamW()
+    mesh: MeshSpec = MeshSpec()
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
