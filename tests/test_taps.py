@@ -444,9 +444,13 @@ def test_per_payloads_are_scan_inputs():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((L, B, T, D)))
     backward = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["reverse"]]
-    shapes = [[v.aval.shape for v in e.outvars[e.params["num_carry"] :]] for e in backward]
-    assert any((L, B, T, D) in s for s in shapes)  # stacked, not carried along
-    carried = [v.aval.shape for e in backward for v in e.outvars[: e.params["num_carry"]]]
+    # the carries of a scan are what its body takes and gives unstacked (no jax version's parameters)
+    stacked, carried = [], []
+    for e in backward:
+        for inside, outside in zip(e.params["jaxpr"].jaxpr.outvars, e.outvars, strict=True):
+            same = inside.aval.shape == outside.aval.shape
+            (carried if same else stacked).append(outside.aval.shape)
+    assert (L, B, T, D) in stacked
     assert (L, B, T, D) not in carried
 
 
