@@ -444,7 +444,7 @@ def test_per_payloads_are_scan_inputs():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((L, B, T, D)))
     backward = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["reverse"]]
-    # the carries of a scan are what its body takes and gives unstacked (no jax version's parameters)
+    # a carry has the same shape inside and outside the body; what is stacked has one axis more
     stacked, carried = [], []
     for e in backward:
         for inside, outside in zip(e.params["jaxpr"].jaxpr.outvars, e.outvars, strict=True):
