@@ -311,7 +311,7 @@ class DecoderModel(nnx.Module):
         return tap("final", self.norm(x)), Cache(layers, cache.length + new, cache.start)
 
     def unstacked(self) -> "DecoderModel":
-        """The same model, every layer apart (`scan=False`): compiles slower, decodes faster."""
+        """The same model with every layer apart, as `scan=False` builds it."""
         out = nnx.merge(*nnx.split(self))
         out.spec = dataclasses.replace(self.spec, scan=False)
         out.stack = self.stack.unstacked()

@@ -154,7 +154,7 @@ class Stack(nnx.Module):
         return x, tuple(out)
 
     def unstacked(self) -> "Stack":
-        """Each layer its own segment: decoding reads weights and caches where they lie."""
+        """The same layers, each its own segment with its own parameters."""
         layers = []
         for segment, graphs, params in self._parts():
             for repeat in range(segment.repeats):

@@ -37,11 +37,13 @@ class Source:
 
 
 def check_split(split: str) -> None:
+    """Refuse a split that no source has (InputError)."""
     if split not in SPLITS:
         raise InputError(f"split is {split!r}; one of {', '.join(SPLITS)}")
 
 
 def check_fraction(field: str, value: float) -> None:
+    """Refuse a held-out share outside [0, 1) (InputError)."""
     if not 0 <= value < 1:
         raise InputError(f"{field} is {value}; a fraction from 0 (nothing held out) to below 1")
 
