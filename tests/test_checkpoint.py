@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import Tiny
 
 from causal_jax.errors import InputError
+from causal_jax.paths import named_leaves
 from causal_jax.training.checkpoint import Store, Unreadable, check_space, checksum, storage_fault
 from causal_jax.training.optimizer import Muon
-from causal_jax.training.paths import named_leaves
 from causal_jax.training.sharding import MeshSpec, make_mesh
 from causal_jax.training.state import abstract_state, new_state
 

@@ -17,8 +17,8 @@ from test_training import CONFIG
 from tiny import compiled  # noqa: F401
 
 from causal_jax import train
+from causal_jax.paths import named_leaves
 from causal_jax.training import report
-from causal_jax.training.paths import named_leaves
 from causal_jax.training.run import load_run
 
 

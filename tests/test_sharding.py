@@ -9,9 +9,9 @@ from tiny import Tiny, compiled, make_run, random_batch  # noqa: F401
 
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
+from causal_jax.paths import named_leaves
 from causal_jax.placement import with_batch
 from causal_jax.training.optimizer import AdamW, Muon, Schedule
-from causal_jax.training.paths import named_leaves
 from causal_jax.training.sharding import (
     MeshSpec,
     check_batch,

@@ -22,9 +22,9 @@ from causal_jax import config, train
 from causal_jax.errors import InputError
 from causal_jax.objectives._base import Objective
 from causal_jax.objectives.next_token import NextToken
+from causal_jax.paths import named_leaves
 from causal_jax.training import report, state
 from causal_jax.training.optimizer import SGD, AdamW, Muon, Schedule
-from causal_jax.training.paths import named_leaves
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.run import load_run
 from causal_jax.training.sharding import MeshSpec, make_mesh, put_batch

@@ -5,8 +5,8 @@
 
 A checkpoint is written under another name and renamed when complete, so a killed process or a full
 disk costs the checkpoint in the making and nothing else. Arrays are stored under their names
-(`training/paths.py`), not under the classes that held them, so what is read back does not depend on
-the versions of the libraries that wrote it. They are read onto whatever mesh the reader has.
+(`causal_jax/paths.py`), not under the classes that held them, so what is read back does not depend
+on the versions of the libraries that wrote it. They are read onto whatever mesh the reader has.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.errors import InputError
-from causal_jax.training.paths import named_leaves
+from causal_jax.paths import named_leaves
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.errors import InputError
+from causal_jax.paths import check_pattern, map_named
 from causal_jax.placement import BATCH, TIME
-from causal_jax.training.paths import check_pattern, map_named
 
 AXES = ("data", "fsdp", "tensor", "context")
 

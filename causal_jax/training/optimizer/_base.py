@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from causal_jax.errors import InputError
+from causal_jax.paths import check_pattern, matches
 from causal_jax.registry import Registry
-from causal_jax.training.paths import check_pattern, matches
 
 optimizers = Registry("optimizer", "causal_jax.training.optimizer")
 

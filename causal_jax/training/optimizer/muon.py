@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from causal_jax.errors import InputError
+from causal_jax.paths import check_pattern, map_named
 from causal_jax.training.optimizer._base import Optimizer, optimizers
-from causal_jax.training.paths import check_pattern, map_named
 
 
 @optimizers.register("muon")
