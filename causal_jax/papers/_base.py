@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -175,8 +174,6 @@ class Report:
     This base keeps stages in memory and pictures nowhere; `causal_jax.reproduce` has the one that
     writes into a folder.
     """
-
-    out: Path | None = None
 
     def __init__(self):
         self._stages: dict[str, dict[str, np.ndarray]] = {}

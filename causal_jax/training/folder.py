@@ -20,8 +20,12 @@ from causal_jax.training.recipe import MAY_CHANGE, Recipe
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "--config.workdir") -> Iterator[None]:
     """Make the folder and hold it for this run; the hold ends with the process, however it ends.
+
+    Args:
+        folder: the run's.
+        option: where the user chose it.
 
     Raises:
         InputError: it cannot be made or written to, or another run holds it.
@@ -35,14 +39,14 @@ def locked(folder: Path) -> Iterator[None]:
         handle = path.open("a+")
     except OSError as e:
         raise InputError(
-            f"workdir {folder} cannot be written to ({e.strerror}); choose another --config.workdir"
+            f"{option} {folder} cannot be written to ({e.strerror}); choose another {option}"
         ) from e
     with handle:
-        _hold(handle, folder)
+        _hold(handle, folder, option)
         yield
 
 
-def _hold(handle: Any, folder: Path) -> None:
+def _hold(handle: Any, folder: Path, option: str) -> None:
     try:
         import fcntl
     except ImportError:  # not on this system: two runs in one folder are then the user's care
@@ -52,8 +56,8 @@ def _hold(handle: Any, folder: Path) -> None:
     except BlockingIOError as e:
         handle.seek(0)
         raise InputError(
-            f"workdir {folder} is in use by another run ({handle.read().strip()}); wait for "
-            "it, stop it, or choose another --config.workdir"
+            f"{option} {folder} is in use by another run ({handle.read().strip()}); wait for it, "
+            f"stop it, or choose another {option}"
         ) from e
     except OSError:  # a file system without locks
         return
