@@ -1,0 +1,127 @@
+"""Small trainings in memory: all seeds in one program, curves measured on the way, intervals.
+
+The update is the training loop's own, made by the same `Optimizer`; there is no checkpoint and no
+data pipeline: the loss draws its batch from a key, on the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causal_jax.papers._base import Report
+from causal_jax.shapes import Array, Float, Key
+from causal_jax.training.optimizer import Optimizer
+
+Params = Any
+
+
+def train(
+    init: Callable[[Key[Array, ""]], Params],
+    loss: Callable[[Params, Key[Array, ""]], Float[Array, ""]],
+    optimizer: Optimizer,
+    steps: int,
+    seeds: int,
+    *,
+    measure: Callable[[Params, Key[Array, ""]], dict[str, Array]] | None = None,
+    every: int | None = None,
+    report: Report | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
+    text: str = "training",
+    together: bool = True,
+) -> tuple[Params, dict[str, np.ndarray]]:
+    """Train one model per seed by `steps` updates theta <- theta - lr(t) (direction + decay theta).
+
+    Args:
+        init: key -> parameters (any pytree of arrays).
+        loss: (parameters, key) -> scalar to minimise; the key, another one at every step, is what
+            the batch is drawn from.
+        optimizer: how.
+        steps: number of updates.
+        seeds: how many models, of keys 0 ... seeds - 1.
+        measure: (parameters, key) -> what to record, before the first update and every `every`.
+        every: updates between two records; `steps` must be a multiple of it. None: record at the
+            end only.
+        report, span, text: where to say how far it is: this training is the part `span` of a run.
+        together: all seeds in one vectorised program; False: one after another (large models).
+
+    Returns:
+        The parameters, stacked over seeds [seeds, ...], and the records {name: [seeds, records,
+        ...]} with "step" [records] and "loss" [seeds, records], the mean training loss since the
+        record before (nan in the first).
+    """
+    every = steps if every is None else every
+    if steps % every:
+        raise ValueError(f"steps {steps} is not a multiple of every {every}")
+    transformation = optimizer.transformation()
+    record = measure or (lambda params, key: {})
+
+    def begin(seed):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        params = init(keys[0])
+        return (params, transformation.init(params), jnp.int32(0)), keys[1]
+
+    def advance(state, key):
+        def update(state, _):
+            params, opt, t = state
+            value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, t))
+            updates, opt = transformation.update(grads, opt, params)
+            lr = optimizer.learning_rate(t, steps)
+            params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
+            return (params, opt, t + 1), value
+
+        state, losses = jax.lax.scan(update, state, length=every)
+        return state, losses.mean(), look(state, key)
+
+    def look(state, key):
+        # a key of its own at every record, apart from those of the batches
+        return record(state[0], jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), state[2]))
+
+    start, see = jax.jit(jax.vmap(begin)), jax.jit(jax.vmap(look))
+    go = jax.jit(jax.vmap(advance), donate_argnums=0)
+
+    def run(group):
+        """The final parameters and all records of some seeds."""
+        state, keys = start(group)
+        seen = [see(state, keys) | {"loss": jnp.full(group.size, jnp.nan)}]
+        for i in range(steps // every):
+            state, losses, found = go(state, keys)
+            seen.append(found | {"loss": losses})
+            if report is not None:
+                done = (int(group[0]) + group.size * (i + 1) * every / steps) / seeds
+                now = f"{text}, loss {float(losses.mean()):.4f}"
+                report.progress(span[0] + (span[1] - span[0]) * done, now)
+        return state[0], jax.tree.map(lambda *xs: jnp.stack(xs, 1), *seen)
+
+    groups = [jnp.arange(seeds)] if together else [jnp.arange(i, i + 1) for i in range(seeds)]
+    params, records = jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(run, groups))
+    records = {name: np.asarray(value) for name, value in records.items()}
+    return params, records | {"step": np.arange(0, steps + 1, every)}
+
+
+def bootstrap(
+    values: Float[np.ndarray, "n"],
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of independent values.
+
+    Args:
+        values: [n].
+        statistic: of values [n].
+        level: coverage.
+        draws: resamples with replacement.
+        seed: of the resampling.
+
+    Returns:
+        (low, high).
+    """
+    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    found = [statistic(np.asarray(values)[p]) for p in picks]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
