@@ -9,6 +9,9 @@ import numpy as np
 
 from causal_jax.errors import InputError
 
+_READABLE = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"} | {
+    f"Q{bits}_K" for bits in range(2, 7)
+}
 _CHUNK = 1 << 22  # entries dequantised at a time: the package's temporaries stay small
 
 
@@ -84,14 +87,12 @@ def open_gguf(path: Path | str) -> GGUFFile:
         raise InputError(
             f"{path}: truncated or damaged GGUF file ({type(e).__name__}: {e})"
         ) from None
-    served = {
-        *gguf.quants._type_traits,
-        gguf.GGMLQuantizationType.F32,
-        gguf.GGMLQuantizationType.F16,
-    }
-    unknown = {t.kind for t in tensors.values()} - {kind.name for kind in served}
+    unknown = {t.kind for t in tensors.values()} - _READABLE
     if unknown:
-        raise InputError(f"{path}: tensors of type {', '.join(sorted(unknown))} cannot be read")
+        raise InputError(
+            f"{path}: tensors of type {', '.join(sorted(unknown))} cannot be read, only"
+            f" {', '.join(sorted(_READABLE))}"
+        )
     return GGUFFile(str(path), metadata, tensors)
 
 

@@ -64,14 +64,10 @@ class PretrainedTokenizer(Tokenizer):
         self._leading_space = _adds_space(self._layout.get("decoder"))
         self.pieces = _pieces(model, self._layout)
         self.bos, self.eos = marks.bos, marks.eos
-        for name, mark in (
-            ("bos", marks.bos),
-            ("eos", marks.eos),
-            *(("stop", s) for s in marks.stops),
-        ):
+        for mark in (marks.bos, marks.eos, *marks.stops):
             if mark is not None and not 0 <= mark < len(self.pieces):
                 raise InputError(
-                    f"tokenizer of {spec.source}: {name} is {mark}, its ids go from 0 to"
+                    f"tokenizer of {spec.source}: the id {mark} of a mark is not among its ids 0 to"
                     f" {len(self.pieces) - 1}"
                 )
 
@@ -86,9 +82,8 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
         utf8(text)
-        return np.array(
-            self._encoder(text=True).encode(text, add_special_tokens=False).ids, np.int32
-        )
+        coded = self._encoder(text=True).encode(text, add_special_tokens=False)
+        return np.array(coded.ids, np.int32)
 
     def encode_documents(self, texts: Sequence[str]) -> list[Int[np.ndarray, "_"]]:
         for t in texts:
@@ -116,9 +111,8 @@ class PretrainedTokenizer(Tokenizer):
             InputError: no template, or one that refuses these messages.
         """
         text = self._render(messages, reply)
-        return np.array(
-            self._encoder(text=False).encode(text, add_special_tokens=False).ids, np.int32
-        )
+        coded = self._encoder(text=False).encode(text, add_special_tokens=False)
+        return np.array(coded.ids, np.int32)
 
     def fingerprint(self) -> str:
         marks = json.dumps(dataclasses.asdict(self.marks), sort_keys=True)
@@ -145,9 +139,7 @@ class PretrainedTokenizer(Tokenizer):
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise InputError(
-                "a chat template needs the package jinja2: pip install jinja2"
-            ) from None
+            raise InputError("a chat template needs the package jinja2") from None
 
         def refuse(message: str):
             raise TemplateError(message)
@@ -244,8 +236,8 @@ class Pretrained(TokenizerSpec):
 def read_tokenizer_json(folder: Path | str, source: str | None = None) -> PretrainedTokenizer:
     """The tokenizer in a folder as `transformers` writes it.
 
-    Reads tokenizer.json, and where they exist tokenizer_config.json, chat_template.jinja, config.json
-    and generation_config.json for the marks.
+    Reads tokenizer.json, and for the marks, where they exist, tokenizer_config.json,
+    chat_template.jinja, config.json and generation_config.json.
 
     Raises:
         InputError: no tokenizer.json, or a damaged one.

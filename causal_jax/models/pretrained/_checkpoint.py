@@ -60,10 +60,9 @@ def build(
     abstract = nnx.eval_shape(lambda: spec.build(jax.random.key(0)))
     graph, shapes = nnx.split(abstract)
     views = _assigned(spec, family, checkpoint)
-    plan = {
-        name: stacked_names(name, leaf.shape, spec) for name, leaf in named_leaves(shapes).items()
-    }
-    _check(plan, named_leaves(shapes), views, checkpoint.where)
+    leaves = named_leaves(shapes)
+    plan = {name: stacked_names(name, spec) for name in leaves}
+    _check(plan, leaves, views, checkpoint.where)
     if place is None:
         place = SingleDeviceSharding(jax.devices()[0])
     dtype = jnp.dtype(param_dtype)
@@ -73,15 +72,18 @@ def build(
         view = views[name] if parts is None else stacked([views[p] for p in parts])
         shape = jax.ShapeDtypeStruct(leaf.shape, dtype)
         where = place if isinstance(place, Sharding) else place(name, shape)
-        return jax.make_array_from_callback(
-            leaf.shape, where, lambda index: np.asarray(view.read(_full(index, leaf.shape)), dtype)
-        )
+
+        def block(index: Any) -> np.ndarray:
+            full = tuple(slice(*i.indices(n)) for i, n in zip(index, leaf.shape))
+            return np.asarray(view.read(full), dtype)
+
+        return jax.make_array_from_callback(leaf.shape, where, block)
 
     return nnx.merge(graph, map_named(read, shapes))
 
 
-def stacked_names(name: str, shape: tuple[int, ...], spec: Decoder) -> list[str] | None:
-    """Names of the layers' own parameters that `name` stacks, layers/3/...; None: stacks nothing."""
+def stacked_names(name: str, spec: Decoder) -> list[str] | None:
+    """The layers' own parameters (layers/3/...) that the parameter `name` stacks, or None."""
     found = re.fullmatch(r"stack/blocks/(\d+)/(\d+)/(.*)", name)
     if found is None:
         return None
@@ -109,12 +111,7 @@ def _assigned(spec: Decoder, family: type[Family], checkpoint: Checkpoint) -> di
             unknown.append(name)
             continue
         twice += [t for t in targets if t in views]
-        try:
-            parts = rule.transform.split(checkpoint.tensors[name], spec)
-        except ValueError as e:
-            raise InputError(
-                f"{checkpoint.where}: {name} of shape {checkpoint.tensors[name].shape}: {e}"
-            ) from None
+        parts = rule.transform.split(checkpoint.tensors[name], spec)
         views.update(zip(targets, parts, strict=True))
     if unknown or twice:
         raise InputError(
@@ -155,7 +152,3 @@ def _listed(what: str, names: Iterable[str]) -> str:
         return ""
     more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
     return f"{what}: {', '.join(names[:8])}{more}; "
-
-
-def _full(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(*i.indices(n)) for i, n in zip(index, shape))

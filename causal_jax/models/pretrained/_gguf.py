@@ -17,54 +17,53 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
     """Config and tensors under the names and in the layout of the family's own checkpoints.
 
     Raises:
-        InputError: an architecture without a family here.
+        InputError: an architecture without a family here, or no such table of tensors.
     """
-    architecture = file.metadata.get("general.architecture")
+    architecture = str(file.metadata.get("general.architecture"))
     known = {families[name].gguf: families[name] for name in families.names()}
     if architecture not in known:
         raise InputError(
-            f"{file.where}: unknown architecture {architecture!r} (known: {', '.join(sorted(known))})"
+            f"{file.where}: unknown architecture {architecture!r}"
+            f" (known: {', '.join(sorted(known))})"
         )
     family = known[architecture]
     config = _config(file, architecture, family)
-    tensors = {}
-    for name, tensor in _renamed(file, architecture, family, config).items():
-        tensors[name] = (
-            _view(tensor).mapped(
-                functools.partial(family.from_gguf, name, config=config), tensor.shape
-            )
-            if family.moved_in_gguf(name)
-            else _view(tensor)
-        )
-    return Checkpoint(file.where, config, tensors)
+    views = {}
+    for name, tensor in _renamed(file, architecture, family).items():
+        views[name] = _view(tensor)
+        if family.moved_in_gguf(name):
+            back = functools.partial(family.from_gguf, name, config=config)
+            views[name] = views[name].mapped(back, tensor.shape)
+    return Checkpoint(file.where, config, views)
 
 
 def _config(file: GGUFFile, architecture: str, family: type[Family]) -> Config:
-    data = file.metadata
-    out: dict[str, Any] = {"model_type": families.name_of(family)}
+    def own(key: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{architecture}.{key}", default)
+
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.where}: token_embd.weight, the embedding, is missing")
+    out: dict[str, Any] = {
+        "model_type": families.name_of(family),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
     for key, ours in family.gguf_keys.items():
-        if (value := data.get(f"{architecture}.{key}")) is not None:
-            out[ours] = value
-    out["vocab_size"] = (
-        file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
+        if own(key) is not None:
+            out[ours] = own(key)
+    heads, width, turned = map(
+        own, ("attention.head_count", "embedding_length", "rope.dimension_count")
     )
-    out["tie_word_embeddings"] = "output.weight" not in file.tensors
-    out["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    out["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    heads, width = (
-        data.get(f"{architecture}.{k}") for k in ("attention.head_count", "embedding_length")
-    )
-    turned = data.get(f"{architecture}.rope.dimension_count")
-    if turned and heads and width:
-        out["partial_rotary_factor"] = turned / (out.get("head_dim") or width // heads)
-    kind = data.get(f"{architecture}.rope.scaling.type", "none")
-    if kind != "none":
+    if heads and width and turned:
+        head_dim = own("attention.key_length") or width // heads
+        out["partial_rotary_factor"] = turned / head_dim
+    if own("rope.scaling.type", "none") != "none":
         out["rope_scaling"] = {
-            "rope_type": kind,
-            "factor": data.get(f"{architecture}.rope.scaling.factor"),
-            "original_max_position_embeddings": data.get(
-                f"{architecture}.rope.scaling.original_context_length"
-            ),
+            "rope_type": own("rope.scaling.type"),
+            "factor": own("rope.scaling.factor"),
+            "original_max_position_embeddings": own("rope.scaling.original_context_length"),
         }
     if "rope_freqs.weight" in file.tensors:
         out["rope_scaling"] = _llama3(file, out)
@@ -92,14 +91,12 @@ def _llama3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _renamed(
-    file: GGUFFile, architecture: str, family: type[Family], config: Config
-) -> dict[str, GGUFTensor]:
+def _renamed(file: GGUFFile, architecture: str, family: type[Family]) -> dict[str, GGUFTensor]:
     """Tensors under the family's names; what has none keeps its own and is complained of later."""
     import gguf
 
     number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    layers = int(next(v for k, v in file.metadata.items() if k == f"{architecture}.block_count"))
+    layers = file.metadata.get(f"{architecture}.block_count", 0)
     table = gguf.get_tensor_name_map(number, layers)
     names: dict[str, str] = {}
     for rule in family.rules:

@@ -18,7 +18,8 @@ def read_rotary(config: Config, *, fraction: float = 1.0, base: float = 10000.0)
     """
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(given.get("rope_theta") or config.get("rope_theta") or base)
-    fraction = float(given.get("partial_rotary_factor") or fraction)
+    turned = given.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    fraction = float(turned or fraction)
     return Rotary(base, fraction, _scaling(given, config))
 
 
@@ -53,7 +54,8 @@ def _scaling(given: dict[str, Any], config: Config) -> Linear | Llama3 | YaRN | 
     except KeyError as e:
         raise InputError(f"{config.where}: rope scaling {kind!r} lacks {e}") from None
     raise InputError(
-        f"{config.where}: rope scaling {kind!r} is not supported, only default, linear, llama3, yarn"
+        f"{config.where}: rope scaling {kind!r} is not supported,"
+        " only default, linear, llama3 and yarn"
     )
 
 
