@@ -222,9 +222,16 @@ def _payload(name, value, x):
     return value.astype(x.dtype)
 
 
+def _applied(edit: Edit, name, x):
+    try:
+        return edit.op(x, *edit.args)
+    except InputError as e:  # a function does not know where it was called
+        raise InputError(f"site {name!r} is {list(x.shape)}: {e}") from e
+
+
 def _whole(edit: Edit, name, x):
     if callable(edit.op):
-        return edit.op(x, *edit.args)
+        return _applied(edit, name, x)
     value = _payload(name, edit.args[0], x)
     try:
         value = _like(jnp.broadcast_to(value, x.shape), x)
@@ -242,7 +249,7 @@ def _indexed(edit: Edit, name, x):
     if callable(edit.op):
         if mask is not None:
             raise InputError(f"site {name!r}: apply cannot take a slice with traced bounds")
-        return x.at[index].set(edit.op(x[index], *edit.args), **kw)
+        return x.at[index].set(_applied(edit, name, x[index]), **kw)
     value = _payload(name, edit.args[0], x)
     try:
         new = getattr(x.at[index], edit.op)(value, **kw)

@@ -1,0 +1,477 @@
+"""The catalogue: interventions of the literature as named functions that return Edits.
+
+    out, acts = run(model, tokens, edits=[knock_out(layer=3, head=0, key=5), steer(v, layer=8)])
+
+Every function returns a list, lists nest and apply in order. Common arguments:
+
+    layer     None: all | int, possibly traced | several. Layer l counts from 0; its `resid_post`
+              is what papers call "after l + 1 layers".
+    position, query, key, head   selections, see `interp.selection`. Heads are query heads, in
+              grouped-query attention too. Positions are places in the array at hand: under left
+              padding or a cache translate them first (`interp.tokens`).
+    **when    further loops, e.g. step=range(1, 50) while decoding.
+
+Mask edits keep what the model forbids forbidden, and leave every query its own key (the last one it
+may see): a row without keys would give 0, which no trained model has met. Edits of the pattern,
+after the softmax, are not renormalised unless said so.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from causal_jax.edits import Edit, site
+from causal_jax.errors import InputError
+from causal_jax.interp.selection import Selection, hits, leaves, per_layer
+from causal_jax.shapes import Array, Float, Key
+
+OUTSIDE = ("embed", "final", "logits")  # sites that no layer has
+Layer = Any  # None | int | several | traced int
+Acts = Mapping[str, Any]
+
+
+def knock_out(
+    *,
+    layer: Layer = None,
+    head: Selection = None,
+    query: Selection = None,
+    key: Selection = None,
+    keep_self: bool = True,
+    **when: Any,
+) -> list[Edit]:
+    """Cut attention edges: query may no longer see key, softmax over what remains.
+
+    `mask <- mask & ~(head, query, key chosen)`, or-ed with each query's own key. Suppressing a
+    sentence is `knock_out(key=slice(k0, k1))`, cutting a head's input `knock_out(head=h)`.
+
+    Args:
+        keep_self: leave every query its own key; False may empty a row, whose output is then 0.
+    """
+    fn = _forbid if keep_self else _forbid_all
+    args = leaves("head", head), leaves("query", query), leaves("key", key)
+    return [_at("attn.mask", layer, when).apply(fn, *args)]
+
+
+def peek(
+    *,
+    layer: Layer,
+    query: Selection = -1,
+    key: Selection = None,
+    sink: Selection = 0,
+    **when: Any,
+) -> list[Edit]:
+    """Attention-based peeking (AF1, arXiv 2509.09650): only `query` looks at `key`.
+
+    `mask <- mask & (own | sink | query & key)`. All other queries see themselves and the sink (the
+    first token). `query=()` is self-attention for everyone.
+    """
+    args = leaves("query", query), leaves("key", key), leaves("sink", sink)
+    return [_at("attn.mask", layer, when).apply(_peek, *args)]
+
+
+def prefix(span: Selection, *, layer: Layer = None, **when: Any) -> list[Edit]:
+    """Let all positions of `span` see each other, forwards too: a prefix-LM mask.
+
+    `mask <- mask | (query in span & key in span)`.
+    """
+    return [_at("attn.mask", layer, when).apply(_open, leaves("span", span))]
+
+
+def ablate_heads(
+    heads: Any,
+    how: Literal["zero", "mean", "uniform"] = "zero",
+    *,
+    mean: Any = None,
+    position: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """Take away what heads write.
+
+        zero     z <- 0
+        mean     z <- mean                                          at the head's output
+        uniform  q <- 0: all visible keys get equal weight, the head writes their mean value
+
+    Args:
+        heads: bool [L, N], or a list of (layer, head); ints may be traced.
+        mean: for "mean": [L, N, H] or [L, T, N, H], of `attn.z`.
+        position: of the queries.
+
+    Raises:
+        InputError: heads in no such form, or `mean` missing or without use.
+    """
+    if (how == "mean") != (mean is not None) or how not in ("zero", "mean", "uniform"):
+        raise InputError(
+            f"ablate_heads: how={how!r} with mean={'given' if mean is not None else None}; use "
+            "'zero', 'uniform', or 'mean' with mean= [L, N, H] or [L, T, N, H]"
+        )
+    name = "q" if how == "uniform" else "attn.z"
+    position = leaves("position", position)
+    if getattr(heads, "ndim", 0) == 2 and heads.dtype == bool:
+        value = jnp.zeros(len(heads)) if mean is None else _mean_of(mean)
+        args = value, per_layer(position, len(heads)), heads
+        return [site(name, **when).apply(_replace, *args, per="layer")]
+    edits = []
+    for layer, chosen in _by_layer(heads):
+        value = 0.0 if mean is None else _of_layer(_mean_of(mean), layer, "mean")
+        at = site(name, layer=layer, **when)
+        edits.append(at.apply(_replace, value, position, leaves("head", chosen)))
+    return edits
+
+
+def patch(
+    clean: Any,
+    *,
+    site: str = "resid_post",
+    layer: Layer = None,
+    position: Selection = None,
+    head: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """Activation patching: put in what another run had there.
+
+    `x <- clean` at the chosen layers, positions and heads.
+
+    Args:
+        clean: the other run's captures ({site: array}), or the array of this site: [L, B, T, ...],
+            [B, T, ...] for a site outside the layers. A batch of 1 serves all rows.
+        site: what to patch.
+        head: for sites with heads: q, k, v (key/value heads), attn.z.
+
+    Raises:
+        InputError: `clean` lacks the site, or a layer it does not have is asked for.
+    """
+    sels = leaves("position", position), leaves("head", head)
+    return _changed(site, _replace, _array(clean, site), sels, layer, when)
+
+
+def path_patch(
+    base: Acts,
+    source: Acts,
+    senders: Sequence[tuple[Any, Any]],
+    *,
+    freeze: Sequence[str] = ("attn.z", "mlp_out"),
+    position: Selection = None,
+) -> list[Edit]:
+    """Path patching: only the direct way from the senders to what is read changes.
+
+    Every head and feed-forward layer is held at `base`, then the senders get their `source` value:
+    the final residual stream moves by (z_source - z_base) W_O of the senders and nothing else.
+    To follow the path to a receiver, capture the receiver's input (`q`, `k`, `v`, ...) under these
+    edits, and `patch` it into an ordinary run.
+
+    Args:
+        base: captures of the run being changed, with the `freeze` sites.
+        source: captures of the other run, with `attn.z`.
+        senders: (layer, head); ints may be traced.
+        freeze: sites held at their base value; ("attn.z",) lets feed-forward layers respond.
+        position: where the senders change.
+    """
+    held = [patch(base, site=name) for name in freeze]
+    sent = [
+        patch(source, site="attn.z", layer=layer, head=head, position=position)
+        for layer, head in senders
+    ]
+    return [e for edits in (*held, *sent) for e in edits]
+
+
+def subspace(
+    source: Any,
+    basis: Float[Array, "D *k"],
+    *,
+    site: str = "resid_post",
+    layer: Layer = None,
+    position: Selection = None,
+    head: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """Patch only what lies in a subspace: x <- x + (source - x) V V^T.
+
+    Args:
+        source: as `clean` of `patch`.
+        basis: V [D, k] with orthonormal columns, or one vector [D] of any length. May be traced:
+            the edit can be trained (DAS, arXiv 2303.02536).
+
+    Raises:
+        InputError: known columns that are not orthonormal.
+    """
+    v = _basis(basis)
+    sels = leaves("position", position), leaves("head", head)
+    return _changed(site, _subspace, _array(source, site), sels, layer, when, v)
+
+
+def steer(
+    vector: Float[Array, "..."],
+    *,
+    scale: Any = 1.0,
+    site: str = "resid_post",
+    layer: Layer = None,
+    position: Selection = None,
+    head: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """x <- x + scale * vector. `vector` [D] (or what broadcasts against [B, T, D])."""
+    sels = leaves("position", position), leaves("head", head)
+    return [_at(site, layer, when).apply(_add, vector, scale, *sels)]
+
+
+def noise(
+    key: Key[Array, ""],
+    scale: Any,
+    *,
+    site: str = "embed",
+    layer: Layer = None,
+    position: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """x <- x + scale * N(0, 1), as causal tracing corrupts the subject (arXiv 2202.05262).
+
+    Same key, same noise: at all chosen layers too.
+    """
+    args = key, scale, leaves("position", position)
+    return [_at(site, layer, when).apply(_noise, *args)]
+
+
+def counterfactual(
+    kind: Literal["uniform", "random", "shuffled", "reversed"],
+    key: Key[Array, ""] | None = None,
+    *,
+    layer: Layer = None,
+    head: Selection = None,
+    query: Selection = None,
+    **when: Any,
+) -> list[Edit]:
+    """Attention rows that carry no information; see `counterfactual_attention`.
+
+    "uniform" sets the query to 0 and "random" replaces scores before the softmax; the others
+    rewrite the pattern, rows still summing to 1. The visible keys are those with weight > 0. The
+    same key gives every layer the same draw.
+
+    Raises:
+        InputError: unknown kind, or one that draws and has no key.
+    """
+    if kind not in KINDS:
+        raise InputError(f"counterfactual kind={kind!r}: expected one of {', '.join(KINDS)}")
+    if (key is None) == (kind in ("random", "shuffled")):
+        raise InputError(f"counterfactual kind={kind!r}: key={'missing' if key is None else key}")
+    sels = leaves("head", head), leaves("query", query)
+    if kind == "uniform":
+        return [_at("q", layer, when).apply(_replace, 0.0, *sels[::-1])]
+    return [_at("attn.pattern", layer, when).apply(KINDS[kind], *sels, key)]
+
+
+def counterfactual_attention(
+    pattern: Float[Array, "B N T S"],
+    visible: Any,
+    kind: str,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "B N T S"]:
+    """Attention rows over the same visible keys that do not depend on what the model attends to.
+
+        uniform   1 / n        random   U / sum U, U ~ U(0, 1)
+        shuffled  the row's weights in random order
+        reversed  (max - A) / sum(max - A); a row of equal weights stays as it is
+
+    CausalMM's (arXiv 2410.04780), with rows normalised over the visible keys, which its code does
+    not do.
+
+    Args:
+        pattern: rows sum to 1 over the visible keys.
+        visible: bool, broadcasts to the pattern.
+        kind: see above.
+        key: for the kinds that draw.
+    """
+    visible = jnp.broadcast_to(visible, pattern.shape)
+    if kind == "uniform":
+        new = jnp.ones_like(pattern)
+    elif kind == "random":
+        new = jax.random.uniform(key, pattern.shape, minval=1e-6)
+    elif kind == "reversed":
+        new = jnp.max(jnp.where(visible, pattern, 0), -1, keepdims=True) - pattern
+        level = jnp.sum(jnp.where(visible, new, 0), -1, keepdims=True) <= 1e-6
+        new = jnp.where(level, pattern, new)
+    elif kind == "shuffled":
+        return _shuffled(pattern, visible, key)
+    else:
+        raise InputError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+    new = jnp.where(visible, new, 0)
+    total = new.sum(-1, keepdims=True)
+    return new / jnp.where(total == 0, 1, total)
+
+
+# What the edits do: module-level functions, whose identity is part of the compile key.
+
+
+def _forbid(mask, head, query, key):
+    return _forbid_all(mask, head, query, key) | (_own(mask) & mask)
+
+
+def _forbid_all(mask, head, query, key):
+    cut = _pairs(mask, query, key) & hits("head", head, mask.shape[1])[:, :, None, None]
+    return mask & ~cut
+
+
+def _peek(mask, query, key, sink):
+    first = hits("sink", sink, mask.shape[3])[:, None, None, :]
+    return mask & (_own(mask) | first | _pairs(mask, query, key))
+
+
+def _open(mask, span):
+    return mask | _pairs(mask, span, span)
+
+
+def _pairs(mask, query, key):
+    q, k = hits("query", query, mask.shape[2]), hits("key", key, mask.shape[3])
+    return q[:, None, :, None] & k[:, None, None, :]
+
+
+def _own(mask):
+    """The key of the query itself: the diagonal, or, behind a cache, the last it may see."""
+    T, S = mask.shape[2:]
+    if T == S:
+        return jnp.eye(T, dtype=bool)[None, None]
+    last = S - 1 - jnp.argmax(mask[..., ::-1], axis=-1, keepdims=True)
+    return last == jnp.arange(S)[None, None, None]
+
+
+def _replace(x, new, position, head):
+    new = _fitted(new, x)
+    return jnp.where(_chosen(x, position, head), new.astype(x.dtype), x)
+
+
+def _subspace(x, source, position, head, v):
+    wide = jnp.promote_types(jnp.float32, x.dtype)
+    if v.shape[0] != x.shape[-1]:
+        raise InputError(f"a basis of shape {list(v.shape)} does not fit")
+    gap = _fitted(source, x).astype(wide) - x.astype(wide)
+    new = x.astype(wide) + (gap @ v.astype(wide)) @ v.astype(wide).T
+    return jnp.where(_chosen(x, position, head), new.astype(x.dtype), x)
+
+
+def _add(x, vector, scale, position, head):
+    step = _fitted(scale * vector, x).astype(x.dtype)
+    return jnp.where(_chosen(x, position, head), x + step, x)
+
+
+def _noise(x, key, scale, position):
+    drawn = scale * jax.random.normal(key, x.shape)
+    return jnp.where(_chosen(x, position, None), x + drawn.astype(x.dtype), x)
+
+
+def _pattern_edit(kind):
+    def edit(pattern, head, query, key):
+        new = counterfactual_attention(pattern, pattern > 0, kind, key)
+        on = hits("head", head, pattern.shape[1])[:, :, None, None]
+        on = on & hits("query", query, pattern.shape[2])[:, None, :, None]
+        return jnp.where(on, new, pattern)
+
+    return edit
+
+
+KINDS = {kind: _pattern_edit(kind) for kind in ("uniform", "random", "shuffled", "reversed")}
+
+
+def _shuffled(pattern, visible, key):
+    """Rows permuted among their visible keys: rank of a random number <-> rank of the place."""
+    drawn = jnp.where(visible, jax.random.uniform(key, pattern.shape), jnp.inf)
+    order = jnp.argsort(drawn, axis=-1)  # visible keys first, in random order
+    place = jnp.argsort(~visible, axis=-1, stable=True)  # visible keys first, as they stand
+    moved = jnp.take_along_axis(pattern, order, axis=-1)
+    new = jnp.put_along_axis(jnp.zeros_like(pattern), place, moved, axis=-1, inplace=False)
+    return jnp.where(visible, new, 0)
+
+
+def _fitted(value, x):
+    """value with as many axes as x (those it lacks are batch and time)."""
+    value = jnp.asarray(value)
+    shape = (1,) * (x.ndim - value.ndim) + value.shape
+    if len(shape) != x.ndim or any(n not in (1, m) for n, m in zip(shape, x.shape)):
+        raise InputError(f"a value of shape {list(value.shape)} does not fit")
+    return value.reshape(shape)
+
+
+def _chosen(x, position, head):
+    """Where an edit acts, as booleans that broadcast to x [B, T, ...]."""
+    on = hits("position", position, x.shape[1])
+    on = on.reshape(*on.shape, *(1,) * (x.ndim - 2))
+    if head is None:
+        return on
+    if x.ndim != 4:
+        raise InputError(f"head={head}: a site of shape {list(x.shape)} has no heads")
+    return on & hits("head", head, x.shape[2])[:, None, :, None]
+
+
+# How edits are put together.
+
+
+def _at(name: str, layer: Layer, when: Mapping[str, Any]):
+    return site(name, **when) if layer is None else site(name, layer=layer, **when)
+
+
+def _changed(name, fn, values, sels, layer, when, *args):
+    """`fn(x, value of this layer, *selections, *args)` at the chosen layers."""
+    if name in OUTSIDE:
+        if layer is not None:
+            raise InputError(f"site {name!r} is in no layer: layer={layer} has no meaning")
+        return [site(name, **when).apply(fn, values, *sels, *args)]
+    if layer is not None and np.ndim(layer) == 0:
+        value = _of_layer(values, layer, f"site {name!r}")
+        return [_at(name, layer, when).apply(fn, value, *sels, *args)]
+    L = len(values)
+    rest = per_layer((*sels, *args), L)
+    return [_at(name, layer, when).apply(fn, values, *rest, per="layer")]
+
+
+def _array(acts: Any, name: str) -> Any:
+    if not isinstance(acts, Mapping):
+        return acts
+    if name not in acts:
+        near = difflib.get_close_matches(name, acts, n=3, cutoff=0.5) or list(acts)
+        raise InputError(f"no captured {name!r}; nearest: {', '.join(near)}; capture it first")
+    return acts[name]
+
+
+def _of_layer(values: Any, layer: Any, what: str) -> Any:
+    if isinstance(layer, int | np.integer) and not 0 <= layer < len(values):
+        raise InputError(f"{what}: layer={layer} is outside 0..{len(values) - 1}")
+    return jnp.asarray(values)[layer]
+
+
+def _mean_of(mean: Any) -> Any:
+    mean = jnp.asarray(mean)
+    if mean.ndim not in (3, 4):
+        raise InputError(f"mean of shape {list(mean.shape)}: expected [L, N, H] or [L, T, N, H]")
+    return mean
+
+
+def _by_layer(heads: Any) -> list[tuple[Any, Any]]:
+    """(layer, its heads) of a list of pairs; pairs with traced numbers stay alone."""
+    try:
+        pairs = [(layer, head) for layer, head in heads]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"heads={heads!r}: expected bool [L, N] or a list of (layer, head)"
+        ) from None
+    known = [p for p in pairs if all(isinstance(i, int | np.integer) for i in p)]
+    grouped: dict[int, list[int]] = {}
+    for layer, head in known:
+        grouped.setdefault(int(layer), []).append(int(head))
+    traced = [p for p in pairs if not all(isinstance(i, int | np.integer) for i in p)]
+    return [*grouped.items(), *traced]
+
+
+def _basis(basis: Any) -> Any:
+    if jnp.ndim(basis) == 1:
+        v = jnp.asarray(basis)
+        return (v / jnp.linalg.norm(v))[:, None]
+    if not isinstance(basis, jax.core.Tracer):
+        v = np.asarray(basis, np.float64)
+        if v.ndim != 2 or not np.allclose(v.T @ v, np.eye(v.shape[1]), atol=1e-3):
+            raise InputError(
+                f"basis of shape {list(v.shape)} has columns that are not orthonormal; "
+                "jnp.linalg.qr(basis)[0] makes them so"
+            )
+    return jnp.asarray(basis)
