@@ -101,7 +101,7 @@ def test_sweep_is_the_loop_over_single_runs():
 
 
 def test_a_heat_map_is_written(tmp_path):
-    from causal_jax.plots import heat_map, save
+    from causal_jax.interp.plots import heat_map, save
 
     figure = heat_map(np.arange(6.0).reshape(2, 3) - 2, x=["a", "$b", "\n"], label="effect")
     save(figure, tmp_path / "maps" / "map.png")

@@ -1,4 +1,4 @@
-"""Look inside a model: a catalogue of edits, sweeps over them, what they say about tokens and heads.
+"""Look inside a model: a catalogue of edits, sweeps over them, scores of heads and tokens.
 
     from causal_jax.interp import knock_out, patch, sweep
 
