@@ -77,13 +77,11 @@ class RegressionAttentionLayer(nnx.Module):
 
     def __init__(self, spec: RegressionAttention, key: Key[Array, ""]):
         self.spec = spec
-        H, D, keys = spec.heads, spec.width, jax.random.split(key, 4)
-
-        def draw(key, rows, fan_in):
-            return fan_in**-0.5 * jax.random.uniform(key, (H, rows, D), minval=-1.0)
-
-        self.q, self.k, self.v = (nnx.Param(draw(key, D, D)) for key in keys[:3])
-        self.o = nnx.Param(draw(keys[3], spec.outputs, H * D))
+        H, D, O = spec.heads, spec.width, spec.outputs
+        draws = jax.random.uniform(key, ((3 * D + O) * H * D,), minval=-1.0)  # one: see the task
+        q, k, v, o = jnp.split(draws, [H * D * D, 2 * H * D * D, 3 * H * D * D])
+        self.q, self.k, self.v = (nnx.Param(D**-0.5 * w.reshape(H, D, D)) for w in (q, k, v))
+        self.o = nnx.Param((H * D) ** -0.5 * o.reshape(H, O, D))
 
     def __call__(
         self,

@@ -192,12 +192,12 @@ class ICLLinearRegression(Paper):
         return out | test(params, jnp.stack(tests))
 
     def _test(self, task: LinearRegression, specs: Specs, params, key) -> dict[str, jax.Array]:
-        """Losses [lengths, outputs] of models and references, and their agreement."""
+        """Losses [lengths, outputs] of models and references on the same prompts, cut to length."""
         rows: dict[str, list] = {}
-        longer = self.lengths if task == self.task else (self.pairs,)
-        for length in longer:
-            here = dataclasses.replace(task, pairs=length)
-            prompt = here.sample(key, self.prompts)
+        lengths = self.lengths if task == self.task else (self.pairs,)
+        longest = dataclasses.replace(task, pairs=max(lengths)).sample(key, self.prompts)
+        for length in lengths:
+            prompt = longest._replace(x=longest.x[:, :length], y=longest.y[:, :length])
             eta = predictors.debiased_step(task.dim, length, task.noise)
             guess = {n: _predict(graph_of(s), params[n], prompt) for n, s in specs.items()}
             if "linear" in specs:

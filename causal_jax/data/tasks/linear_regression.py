@@ -88,16 +88,16 @@ class LinearRegression:
 
     def sample(self, key: Key[Array, ""], batch: int) -> Prompt:
         """Fresh problems, float32; same key, same problems. `batch` is static under jit."""
-        keys = jax.random.split(key, 5)
-        shape, out = (batch, self.pairs, self.dim), (batch, self.outputs)
-        beta = jax.random.normal(keys[0], (*out, self.dim))
-        beta = beta * jnp.asarray(np.sqrt(self.prior), jnp.float32)[None]
-        x, xq = jax.random.normal(keys[1], shape), jax.random.normal(keys[2], shape[::2])
+        S, D, O = self.pairs, self.dim, self.outputs
+        # One draw for all: the generator is most of such a program, to compile and to run.
+        draws = jax.random.normal(key, (batch, S * D + D + O * D + S * O + O))
+        cuts = np.cumsum([S * D, D, O * D, S * O])
+        x, xq, beta, noise, noise_q = jnp.split(draws, cuts, axis=1)
+        x, noise = x.reshape(batch, S, D), noise.reshape(batch, S, O)
+        beta = beta.reshape(batch, O, D) * jnp.asarray(np.sqrt(self.prior), jnp.float32)[None]
         if self.rho:
             root = jnp.asarray(np.linalg.cholesky(self.covariance).T, jnp.float32)
             x, xq = x @ root, xq @ root
-        noise = jax.random.normal(keys[3], (batch, self.pairs, self.outputs))
-        noise_q = jax.random.normal(keys[4], out)
         y = jnp.einsum("bsd,bod->bso", x, beta) + self.noise**0.5 * noise
         yq = jnp.einsum("bd,bod->bo", xq, beta) + self.noise**0.5 * noise_q
         return Prompt(x, y, xq, yq)
