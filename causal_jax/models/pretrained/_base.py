@@ -105,7 +105,7 @@ class Family:
         architecture: class name in config.json.
         gguf: name of the architecture in GGUF files.
         prefix: what stored names of all but the head begin with; some files leave it out.
-        head: what the output head's names begin with.
+        head: pattern of what the output head's names begin with.
         rules: the table. ignore: patterns of stored names that hold no parameter.
         gguf_keys: metadata key (without the architecture's name in front) -> key in config.json.
     """
@@ -113,7 +113,7 @@ class Family:
     architecture: ClassVar[str]
     gguf: ClassVar[str]
     prefix: ClassVar[str] = "model."
-    head: ClassVar[str] = "lm_head."
+    head: ClassVar[str] = r"lm_head\."
     rules: ClassVar[tuple[Rule, ...]]
     ignore: ClassVar[tuple[str, ...]] = ()
     gguf_keys: ClassVar[Mapping[str, str]] = {
@@ -150,11 +150,6 @@ class Family:
         raise NotImplementedError
 
     @classmethod
-    def moved_in_gguf(cls, name: str) -> bool:
-        """Whether llama.cpp stores this tensor otherwise than the family's own checkpoints do."""
-        return False
-
-    @classmethod
-    def from_gguf(cls, name: str, stored: np.ndarray, config: Config) -> np.ndarray:
-        """Such a tensor as llama.cpp stores it -> as the family's own checkpoints do."""
+    def from_gguf(cls, name: str, stored: View, config: Config) -> View:
+        """A tensor as llama.cpp stores it -> as the family's own checkpoints do."""
         return stored

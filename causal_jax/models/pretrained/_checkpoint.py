@@ -100,10 +100,11 @@ def _assigned(spec: Decoder, family: type[Family], checkpoint: Checkpoint) -> di
     views: dict[str, View] = {}
     unknown, twice = [], []
     for name in names:
-        full = family.prefix + name if bare and not name.startswith(family.head) else name
+        is_head = re.match(family.head, name) is not None
+        full = family.prefix + name if bare and not is_head else name
         if any(re.fullmatch(pattern, full) for pattern in family.ignore):
             continue
-        if spec.tied and full.startswith(family.head):
+        if spec.tied and is_head:
             continue  # a copy of the embedding
         hits = ((rule, rule.match(full)) for rule in family.rules)
         rule, targets = next(((r, t) for r, t in hits if t is not None), (None, None))

@@ -1,6 +1,5 @@
 """A GGUF file seen as the checkpoint it was converted from: the family's own keys and names."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,7 @@ def gguf_checkpoint(file: GGUFFile) -> Checkpoint:
     config = _config(file, architecture, family)
     views = {}
     for name, tensor in _renamed(file, architecture, family).items():
-        views[name] = _view(tensor)
-        if family.moved_in_gguf(name):
-            back = functools.partial(family.from_gguf, name, config=config)
-            views[name] = views[name].mapped(back, tensor.shape)
+        views[name] = family.from_gguf(name, _view(tensor), config)
     return Checkpoint(file.where, config, views)
 
 

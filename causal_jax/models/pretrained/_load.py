@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from causal_jax.data.tokenizers._gguf import gguf_tokenizer
-from causal_jax.data.tokenizers.pretrained import PretrainedTokenizer
+from causal_jax.data.tokenizers.pretrained import PretrainedTokenizer, read_tokenizer_json
 from causal_jax.errors import InputError
 from causal_jax.gguf_file import open_gguf
 from causal_jax.models.decoder import Decoder, DecoderModel
-from causal_jax.models.pretrained._base import families
+from causal_jax.models.pretrained._base import Config, Family, families
 from causal_jax.models.pretrained._checkpoint import Place, build
 from causal_jax.models.pretrained._gguf import gguf_checkpoint
+from causal_jax.models.pretrained._safetensors import safetensors_checkpoint
 from causal_jax.models.pretrained._sources import resolve
 
 
@@ -41,16 +42,34 @@ def load(
             loaded.
     """
     path = resolve(str(source))
-    file = open_gguf(path)
-    checkpoint, tokenizer = gguf_checkpoint(file), gguf_tokenizer(file.metadata, file.where)
-    family = families[checkpoint.config.need("model_type")]
-    spec = _changed(family.decoder(checkpoint.config), changes)
+    if path.suffix == ".gguf":
+        file = open_gguf(path)
+        checkpoint, tokenizer = gguf_checkpoint(file), gguf_tokenizer(file.metadata, file.where)
+    else:
+        checkpoint, tokenizer = safetensors_checkpoint(path), _tokenizer_beside(path)
+    config = checkpoint.config
+    family = families[config.need("model_type")]
+    spec = _changed(_spec(family, config), changes)
     if tokenizer is not None and tokenizer.vocab > spec.vocab:
         raise InputError(
             f"{checkpoint.where}: the tokenizer has {tokenizer.vocab} ids, the model {spec.vocab}:"
             " they do not belong together"
         )
     return build(spec, family, checkpoint, param_dtype=param_dtype, place=place), tokenizer
+
+
+def _tokenizer_beside(path: Path) -> PretrainedTokenizer | None:
+    folder = path if path.is_dir() else path.parent
+    return read_tokenizer_json(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def _spec(family: type[Family], config: Config) -> Decoder:
+    try:
+        return family.decoder(config)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as e:  # a value of the wrong kind, sizes that contradict
+        raise InputError(f"{config.where}: the config makes no model: {e}") from None
 
 
 def _changed(spec: Decoder, changes: dict[str, Any]) -> Decoder:

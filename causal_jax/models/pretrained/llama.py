@@ -12,6 +12,7 @@ from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
 from causal_jax.models.pretrained._base import Config, Family, Rule, families, linear, norm
 from causal_jax.models.pretrained._rope import read_rotary, write_rotary
+from causal_jax.models.pretrained._views import View
 
 LAYER, OURS = "model.layers.{l}", "layers/{l}"
 ATTENTION = (
@@ -108,12 +109,10 @@ class Llama(Family):
         }
 
     @classmethod
-    def moved_in_gguf(cls, name: str) -> bool:
-        return ".q_proj." in name or ".k_proj." in name
-
-    @classmethod
-    def from_gguf(cls, name: str, stored: np.ndarray, config: Config) -> np.ndarray:
+    def from_gguf(cls, name: str, stored: View, config: Config) -> View:
         heads = config["num_attention_heads"]
         if ".k_proj." in name:
             heads = config.get("num_key_value_heads") or heads
-        return halves(stored, heads)
+        elif ".q_proj." not in name:
+            return stored
+        return stored.mapped(lambda w: halves(w, heads), stored.shape)
