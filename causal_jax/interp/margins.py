@@ -1,7 +1,7 @@
 """Which linear map a loss prefers: margins, and the maps of least norm that reach margin one.
 
     h_{i,a'}(W) = (W z_i)[a_i] - (W z_i)[a']
-    least nuclear norm:    min ||W||_*        s.t. h_{i,a'}(W) >= 1 for all items i and all a' != a_i
+    least nuclear norm:    min ||W||_*        s.t. h_{i,a'}(W) >= 1 for all i and all a' != a_i
     least Frobenius norm:  min ||W||_F^2 / 2  s.t. the same
 
 Gradient flow on cross entropy from a small start converges in direction to the second program for a
@@ -65,7 +65,7 @@ def least_norm(
     """
     from scipy.optimize import minimize
 
-    (items, width), rows = z.shape, np.arange(len(z))
+    width, rows = z.shape[1], np.arange(len(z))
     inner = min(outputs, width) if norm == "nuclear" else 0
 
     def unpack(flat):
@@ -95,3 +95,19 @@ def least_norm(
         args = (10.0 * 5.0**power,)
         flat = minimize(objective, flat, args, "L-BFGS-B", jac=True, options=options).x
     return unpack(flat)[0]
+
+
+def least_norm_convex(
+    z: Float[np.ndarray, "M D"], answers: Int[np.ndarray, "M"], outputs: int, norm: Norm
+) -> Float[np.ndarray, "A D"]:
+    """The same map by an interior-point solver (cvxpy with Clarabel), as a second opinion."""
+    import cvxpy
+
+    w = cvxpy.Variable((outputs, z.shape[1]))
+    scores, own = z @ w.T, np.eye(outputs)[answers]
+    right = cvxpy.sum(cvxpy.multiply(own, scores), axis=1, keepdims=True)
+    size = cvxpy.normNuc(w) if norm == "nuclear" else cvxpy.sum_squares(w) / 2
+    # the answer's margin against itself is 0: `own` lifts it over the bar
+    constraints = [right @ np.ones((1, outputs)) - scores + own >= 1]
+    cvxpy.Problem(cvxpy.Minimize(size), constraints).solve(solver="CLARABEL")
+    return np.asarray(w.value)

@@ -18,7 +18,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -66,14 +66,14 @@ class Row:
         cls,
         claim: str,
         metric: str,
-        values: Sequence[float],
+        values: Any,
         threshold: float | tuple[float, float],
         better: Literal[">=", "<=", "in"] = ">=",
         *,
         by: Literal["worst", "mean", "median"] = "worst",
         **rest: Any,
-    ) -> Self:
-        """A row from one value per seed, judged by the worst seed (or their mean or median)."""
+    ) -> "Row":
+        """A row of one value per seed, judged by the worst of them (or their mean, or median)."""
         seeds = tuple(float(v) for v in values)
         if by == "worst":
             reduce: Callable = {">=": min, "<=": max, "in": _farthest(threshold)}[better]
@@ -144,17 +144,17 @@ class Paper:
         self.need(self.seeds >= 1, "seeds", "at least 1")
 
     @classmethod
-    def small(cls) -> Self:
+    def small(cls) -> "Paper":
         """The setting of `reproduce NAME`."""
         return cls()
 
     @classmethod
-    def full(cls) -> Self:
+    def full(cls) -> "Paper":
         """The setting of `reproduce NAME --full`: the paper's sizes, as far as they can be had."""
         raise InputError(f"{papers.name_of(cls)} has no --full setting")
 
     @classmethod
-    def smoke(cls) -> Self:
+    def smoke(cls) -> "Paper":
         """Everything runs, in seconds, on sizes too small for the claims to be expected to hold."""
         return cls.small()
 

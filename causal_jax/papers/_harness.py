@@ -63,35 +63,36 @@ def train(
         params = init(keys[0])
         return (params, transformation.init(params), jnp.int32(0)), keys[1]
 
-    def advance(state, key):
-        def update(state, _):
-            params, opt, t = state
+    def advance(state, key, count):
+        """`count` updates, then a record: of the mean loss on the way, and of what is measured."""
+
+        def update(_, carry):
+            (params, opt, t), total = carry
             value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, t))
             updates, opt = transformation.update(grads, opt, params)
             lr = optimizer.learning_rate(t, steps)
             params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
-            return (params, opt, t + 1), value
+            return (params, opt, t + 1), total + value
 
-        state, losses = jax.lax.scan(update, state, length=every)
-        return state, losses.mean(), look(state, key)
-
-    def look(state, key):
+        state, total = jax.lax.fori_loop(0, count, update, (state, jnp.float32(0.0)))
         # a key of its own at every record, apart from those of the batches
-        return record(state[0], jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), state[2]))
+        look = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), state[2])
+        return state, record(state[0], look) | {"loss": total / count}
 
-    start, see = jax.jit(jax.vmap(begin)), jax.jit(jax.vmap(look))
-    go = jax.jit(jax.vmap(advance), donate_argnums=0)
+    start = jax.jit(jax.vmap(begin))
+    go = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=0)
 
     def run(group):
         """The final parameters and all records of some seeds."""
         state, keys = start(group)
-        seen = [see(state, keys) | {"loss": jnp.full(group.size, jnp.nan)}]
-        for i in range(steps // every):
-            state, losses, found = go(state, keys)
-            seen.append(found | {"loss": losses})
-            if report is not None:
-                done = (int(group[0]) + group.size * (i + 1) * every / steps) / seeds
-                now = f"{text}, loss {float(losses.mean()):.4f}"
+        seen = []
+        for i in range(steps // every + 1):
+            # the same program makes the first record, after no update
+            state, found = go(state, keys, jnp.int32(every if i else 0))
+            seen.append(found)
+            if report is not None and i:
+                done = (int(group[0]) + group.size * i * every / steps) / seeds
+                now = f"{text}, loss {float(found['loss'].mean()):.4f}"
                 report.progress(span[0] + (span[1] - span[0]) * done, now)
         return state[0], jax.tree.map(lambda *xs: jnp.stack(xs, 1), *seen)
 
