@@ -22,14 +22,44 @@ if TYPE_CHECKING:
         steer,
         subspace,
     )
+    from causal_jax.interp.html import token_page
+    from causal_jax.interp.means import (
+        MeanTable,
+        cama,
+        mean_table,
+    )
+    from causal_jax.interp.plots import heat_map
+    from causal_jax.interp.scores import (
+        attribution,
+        logit_difference,
+        logit_lens,
+    )
     from causal_jax.interp.sweeps import sweep
+    from causal_jax.interp.tokens import (
+        Batch,
+        Prompt,
+        in_chunk,
+        pad,
+        tokenize,
+    )
 
 _HOME = {
+    "Batch": "tokens",
+    "MeanTable": "means",
+    "Prompt": "tokens",
     "ablate_heads": "edits",
+    "attribution": "scores",
+    "cama": "means",
     "counterfactual": "edits",
     "counterfactual_attention": "edits",
+    "heat_map": "plots",
+    "in_chunk": "tokens",
     "knock_out": "edits",
+    "logit_difference": "scores",
+    "logit_lens": "scores",
+    "mean_table": "means",
     "noise": "edits",
+    "pad": "tokens",
     "patch": "edits",
     "path_patch": "edits",
     "peek": "edits",
@@ -37,14 +67,27 @@ _HOME = {
     "steer": "edits",
     "subspace": "edits",
     "sweep": "sweeps",
+    "token_page": "html",
+    "tokenize": "tokens",
 }
 
 __all__ = [
+    "Batch",
+    "MeanTable",
+    "Prompt",
     "ablate_heads",
+    "attribution",
+    "cama",
     "counterfactual",
     "counterfactual_attention",
+    "heat_map",
+    "in_chunk",
     "knock_out",
+    "logit_difference",
+    "logit_lens",
+    "mean_table",
     "noise",
+    "pad",
     "patch",
     "path_patch",
     "peek",
@@ -52,6 +95,8 @@ __all__ = [
     "steer",
     "subspace",
     "sweep",
+    "token_page",
+    "tokenize",
 ]
 
 

@@ -180,7 +180,7 @@ def path_patch(
 
 def subspace(
     source: Any,
-    basis: Float[Array, "D *k"],
+    basis: Float[Array, "D *k"] | Float[np.ndarray, "D *k"],
     *,
     site: str = "resid_post",
     layer: Layer = None,
@@ -204,7 +204,7 @@ def subspace(
 
 
 def steer(
-    vector: Float[Array, "..."],
+    vector: Float[Array, "..."] | Float[np.ndarray, "..."],
     *,
     scale: Any = 1.0,
     site: str = "resid_post",
@@ -236,7 +236,7 @@ def noise(
 
 
 def counterfactual(
-    kind: Literal["uniform", "random", "shuffled", "reversed"],
+    kind: str,
     key: Key[Array, ""] | None = None,
     *,
     layer: Layer = None,
@@ -246,9 +246,13 @@ def counterfactual(
 ) -> list[Edit]:
     """Attention rows that carry no information; see `counterfactual_attention`.
 
-    "uniform" sets the query to 0 and "random" replaces scores before the softmax; the others
-    rewrite the pattern, rows still summing to 1. The visible keys are those with weight > 0. The
-    same key gives every layer the same draw.
+    "uniform" sets the query to 0, which every kernel can do; the others rewrite the pattern, rows
+    still summing to 1. The visible keys are those with weight > 0. The same key gives every layer
+    the same draw.
+
+    Args:
+        kind: "uniform", "random", "shuffled" or "reversed".
+        key: for "random" and "shuffled".
 
     Raises:
         InputError: unknown kind, or one that draws and has no key.
