@@ -1,4 +1,4 @@
-"""Tiny random models of `transformers`, one per family and variant, for the tests of pretrained/."""
+"""Tiny random models of `transformers`, by family and variant, for the tests of pretrained."""
 
 import functools
 

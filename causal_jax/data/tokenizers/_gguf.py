@@ -68,8 +68,14 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> PretrainedTokeni
     model.add_tokens(added)
     eos = metadata.get(_KEY + "eos_token_id")
     front = metadata.get(_KEY + "add_bos_token", kind == "llama")
+    bos = metadata.get(_KEY + "bos_token_id") if front else None
+    if bos is not None:
+        word = words[bos]
+        model.post_processor = lib.processors.TemplateProcessing(
+            single=[word, "$A"], pair=[word, "$A", word, "$B"], special_tokens=[(word, bos)]
+        )
     marks = Marks(
-        bos=metadata.get(_KEY + "bos_token_id") if front else None,
+        bos=bos,
         eos=eos,
         stops=tuple(s for s in (eos, metadata.get(_KEY + "eot_token_id")) if s is not None),
         chat_template=metadata.get("tokenizer.chat_template"),

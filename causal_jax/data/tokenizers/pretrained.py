@@ -121,9 +121,16 @@ class PretrainedTokenizer(Tokenizer):
     def spec(self) -> TokenizerSpec:
         return self._spec
 
-    def to_json(self) -> str:
-        """tokenizer.json, as `transformers` and `tokenizers` read it."""
-        return self._model.to_str(pretty=True)
+    def export(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `transformers` reads them."""
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, mark in (("bos_token", self.bos), ("eos_token", self.eos)):
+            settings[name] = None if mark is None else self._model.id_to_token(mark)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        text = json.dumps(settings, indent=2)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        self._model.save(str(folder / "tokenizer.json"))
 
     def _payload(self) -> dict[str, Any]:
         return {"model": self._layout, "marks": dataclasses.asdict(self.marks)}

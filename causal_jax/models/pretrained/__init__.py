@@ -2,5 +2,6 @@
 
 from causal_jax.models.pretrained._base import Config, Family, Rule, families
 from causal_jax.models.pretrained._load import load
+from causal_jax.models.pretrained._save import save
 
-__all__ = ["Config", "Family", "Rule", "families", "load"]
+__all__ = ["Config", "Family", "Rule", "families", "load", "save"]

@@ -87,7 +87,7 @@ class Gemma2(Family):
             **uncommon(spec),
             "layer_types": types,
             "sliding_window": window or 4096,
-            "query_pre_attn_scalar": round(scale**-2, 6),
+            "query_pre_attn_scalar": round(scale**-2),
             "attn_logit_softcapping": soft_cap,
             "final_logit_softcapping": spec.logits_soft_cap,
             "hidden_activation": "gelu_pytorch_tanh",
