@@ -43,7 +43,7 @@ def _config(file: GGUFFile, architecture: str, family: type[Family]) -> Config:
         "model_type": families.name_of(family),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": not {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}.isdisjoint(file.tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     for key, ours in family.gguf_keys.items():
