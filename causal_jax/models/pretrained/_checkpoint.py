@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -114,11 +114,10 @@ def _assigned(spec: Decoder, family: type[Family], checkpoint: Checkpoint) -> di
         twice += [t for t in targets if t in views]
         parts = rule.transform.split(checkpoint.tensors[name], spec)
         views.update(zip(targets, parts, strict=True))
-    if unknown or twice:
-        raise InputError(
-            f"{checkpoint.where}: {_listed('tensors that are no part of this model', unknown)}"
-            f"{_listed('parameters stored twice', twice)}"
-        )
+    _refuse(
+        checkpoint.where,
+        {"tensors that are no part of this model": unknown, "parameters stored twice": twice},
+    )
     return views
 
 
@@ -139,17 +138,19 @@ def _check(
         for n, shape in wanted.items()
         if n in views and views[n].shape != shape
     ]
-    if missing or extra or wrong:
-        raise InputError(
-            f"{where}: {_listed('parameters without a tensor', missing)}"
-            f"{_listed('tensors for which the model has no parameter', extra)}"
-            f"{_listed('shapes that differ from the config', wrong)}"
-        )
+    complaints = {
+        "parameters without a tensor": missing,
+        "tensors for which the model has no parameter": extra,
+        "shapes that differ from the config": wrong,
+    }
+    _refuse(where, complaints)
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
-    return f"{what}: {', '.join(names[:8])}{more}; "
+def _refuse(where: str, complaints: Mapping[str, list[str]]) -> None:
+    """One error for all complaints that have a name to list."""
+    parts = []
+    for what, names in complaints.items():
+        more = f", ... ({len(names)} in all)" if len(names) > 8 else ""
+        parts += [f"{what}: {', '.join(names[:8])}{more}"] if names else []
+    if parts:
+        raise InputError(f"{where}: {'; '.join(parts)}")
