@@ -19,7 +19,7 @@ not affected.
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from causal_jax import plots
 from causal_jax.attention import Dense
 from causal_jax.attention.linear import Linear
 from causal_jax.data.tasks.linear_regression import LinearRegression, Prompt
-from causal_jax.models import regression_predictors as predictors
+from causal_jax.data.tasks import regression_predictors as predictors
 from causal_jax.models.regression_attention import RegressionAttention, pattern_of
 from causal_jax.papers._base import Evidence, Paper, Report, Row, papers
 from causal_jax.papers._harness import train
@@ -97,7 +97,7 @@ class ICLLinearRegression(Paper):
             )
 
     @classmethod
-    def full(cls) -> Self:
+    def full(cls) -> "ICLLinearRegression":
         """d = 20 at the paper's number of steps."""
         return cls(
             seeds=5, dim=20, pairs=160, heads=(1, 2, 3, 4, 5, 6, 7, 8), steps=500_000, lr=1e-3,
@@ -105,7 +105,7 @@ class ICLLinearRegression(Paper):
         )  # fmt: skip
 
     @classmethod
-    def smoke(cls) -> Self:
+    def smoke(cls) -> "ICLLinearRegression":
         """A few steps."""
         return cls(
             seeds=2, steps=8, correlated_steps=8, outputs_steps=8, batch=8, prompts=64, records=2,

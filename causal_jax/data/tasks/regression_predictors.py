@@ -12,6 +12,7 @@ arXiv 2503.12734. `plain_loss`, `debiased_loss` and `preconditioner` are derived
 the paper has the limits of large S and d.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,8 +53,24 @@ def ridge(
     root = jnp.sqrt(jnp.asarray(prior, jnp.float32))
     x = prompt.x[:, None] * root[None, :, None]  # [B, O, S, D], prior N(0, I)
     gram = jnp.einsum("bosi,bosj->boij", x, x) + noise * jnp.eye(x.shape[-1])[None, None]
-    beta = jnp.linalg.solve(gram, jnp.einsum("bosd,bso->bod", x, prompt.y)[..., None])[..., 0]
+    beta = _solved(gram, jnp.einsum("bosd,bso->bod", x, prompt.y))
     return jnp.einsum("bod,bod->bo", beta, prompt.xq[:, None] * root[None])
+
+
+def _solved(a: Array, b: Array) -> Array:
+    """x with a x = b for positive definite a [..., D, D], by elimination.
+
+    Not `jnp.linalg.solve`: two of its batched calls in one program wait for each other for ever on
+    a CPU of two cores (jax 0.10.2).
+    """
+
+    def eliminate(i, m):
+        row = m[..., i, :] / m[..., i, i, None]
+        rest = m - m[..., :, i, None] * row[..., None, :]
+        return rest.at[..., i, :].set(row)
+
+    m = jnp.concatenate([a, b[..., None]], axis=-1)
+    return jax.lax.fori_loop(0, a.shape[-1], eliminate, m)[..., -1]
 
 
 def plain_step(d: int, S: int, noise: float) -> float:
