@@ -67,8 +67,7 @@ def curves(
         if len(values) > 1:
             low, high = values.min(0), values.max(0)
             ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    for name, level in (levels or {}).items():
-        ax.axhline(level, color="#888888", linestyle="--", linewidth=1, label=name)
+    _levels(ax, levels)
     if "x" in log:
         ax.set_xscale("log")
     if "y" in log:
@@ -103,8 +102,7 @@ def bars(
         whisker = spread if len(values) > 1 else None
         colour = COLOURS[i % len(COLOURS)]
         ax.bar(at, mean, width, yerr=whisker, color=colour, label=name, capsize=2, ecolor="#333333")
-    for name, level in (levels or {}).items():
-        ax.axhline(level, color="#888888", linestyle="--", linewidth=1, label=name)
+    _levels(ax, levels)
     ax.axhline(0.0, color="#333333", linewidth=0.8)
     slanted = max(map(len, groups), default=0) > 8
     ax.set_xticks(
@@ -144,6 +142,11 @@ def heat(
         every = -(-len(yticks) // _TICKS)
         ax.set_yticks(range(0, len(yticks), every), yticks[::every])
     _finish(ax, title, xlabel, ylabel, legend=False, grid=False)
+
+
+def _levels(ax: "Axes", levels: Mapping[str, float] | None) -> None:
+    for i, (name, level) in enumerate((levels or {}).items()):
+        ax.axhline(level, color="#888888", linestyle=("--", ":", "-.")[i % 3], lw=1, label=name)
 
 
 def _finish(

@@ -109,5 +109,6 @@ def least_norm_convex(
     size = cvxpy.normNuc(w) if norm == "nuclear" else cvxpy.sum_squares(w) / 2
     # the answer's margin against itself is 0: `own` lifts it over the bar
     constraints = [right @ np.ones((1, outputs)) - scores + own >= 1]
-    cvxpy.Problem(cvxpy.Minimize(size), constraints).solve(solver="CLARABEL")
+    gap = {"tol_gap_abs": 1e-7, "tol_gap_rel": 1e-7, "tol_feas": 1e-7}
+    cvxpy.Problem(cvxpy.Minimize(size), constraints).solve(solver="CLARABEL", **gap)
     return np.asarray(w.value)

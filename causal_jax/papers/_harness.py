@@ -20,12 +20,13 @@ Params = Any
 
 def train(
     init: Callable[[Key[Array, ""]], Params],
-    loss: Callable[[Params, Key[Array, ""]], Float[Array, ""]],
+    loss: Callable[..., Float[Array, ""]],
     optimizer: Optimizer,
     steps: int,
     seeds: int,
     *,
-    measure: Callable[[Params, Key[Array, ""]], dict[str, Array]] | None = None,
+    given: Callable[[Key[Array, ""]], Any] | None = None,
+    measure: Callable[..., dict[str, Array]] | None = None,
     every: int | None = None,
     report: Report | None = None,
     span: tuple[float, float] = (0.0, 1.0),
@@ -41,6 +42,8 @@ def train(
         optimizer: how.
         steps: number of updates.
         seeds: how many models, of keys 0 ... seeds - 1.
+        given: key -> arrays (any pytree) that stay as they are during a training, such as the
+            vectors its data are made of; then `loss` and `measure` take them as third argument.
         measure: (parameters, key) -> what to record, before the first update and every `every`.
         every: updates between two records; `steps` must be a multiple of it. None: record at the
             end only.
@@ -56,39 +59,43 @@ def train(
     if steps % every:
         raise ValueError(f"steps {steps} is not a multiple of every {every}")
     transformation = optimizer.transformation()
-    record = measure or (lambda params, key: {})
+    record = measure or (lambda params, key, *constants: {})
 
     def begin(seed):
         keys = jax.random.split(jax.random.key(seed), 2)
         params = init(keys[0])
-        return (params, transformation.init(params), jnp.int32(0)), keys[1]
+        constants = () if given is None else (given(jax.random.fold_in(keys[0], 1)),)
+        return (params, transformation.init(params), jnp.int32(0)), (keys[1], constants)
 
-    def advance(state, key, count):
+    def advance(state, fixed, count):
         """`count` updates, then a record: of the mean loss on the way, and of what is measured."""
+
+        key, constants = fixed
 
         def update(_, carry):
             (params, opt, t), total = carry
-            value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, t))
+            batch = jax.random.fold_in(key, t)
+            value, grads = jax.value_and_grad(loss)(params, batch, *constants)
             updates, opt = transformation.update(grads, opt, params)
             lr = optimizer.learning_rate(t, steps)
             params = jax.tree.map(lambda p, u: (p - lr * u).astype(p.dtype), params, updates)
-            return (params, opt, t + 1), total + value
+            return (params, opt, t + 1), total + value.astype(jnp.float32)
 
         state, total = jax.lax.fori_loop(0, count, update, (state, jnp.float32(0.0)))
         # a key of its own at every record, apart from those of the batches
         look = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), state[2])
-        return state, record(state[0], look) | {"loss": total / count}
+        return state, record(state[0], look, *constants) | {"loss": total / count}
 
     start = jax.jit(jax.vmap(begin))
     go = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=0)
 
     def run(group):
         """The final parameters and all records of some seeds."""
-        state, keys = start(group)
+        state, fixed = start(group)
         seen = []
         for i in range(steps // every + 1):
             # the same program makes the first record, after no update
-            state, found = go(state, keys, jnp.int32(every if i else 0))
+            state, found = go(state, fixed, jnp.int32(every if i else 0))
             seen.append(found)
             if report is not None and i:
                 done = (int(group[0]) + group.size * i * every / steps) / seeds

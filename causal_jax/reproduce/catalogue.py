@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import itertools
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -128,9 +130,18 @@ def notes(record: Record) -> list[str]:
     return [*found, f"{run}, jax {env['jax']}, commit {env['commit']}"]
 
 
+WIDTHS = (32, 28, 18, 8, 10, 24, 13)  # of the columns under `HEAD`
+
+
 def table(record: Record) -> str:
-    """A run as text: its rows, and what belongs below."""
-    return "\n".join([columns(HEAD, cells(record)), "", *notes(record)])
+    """A run as text: its rows, long cells wrapped, and what belongs below."""
+    lines = []
+    for row in (HEAD, ["-" * w for w in WIDTHS], *cells(record)):
+        wrapped = [textwrap.wrap(cell, w) for cell, w in zip(row, WIDTHS, strict=True)]
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            padded = (part.ljust(w) for part, w in zip(parts, WIDTHS, strict=True))
+            lines.append("  ".join(padded).rstrip())
+    return "\n".join([*lines, "", *notes(record)])
 
 
 def threshold(row: Mapping) -> str:
