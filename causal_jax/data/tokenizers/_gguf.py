@@ -5,7 +5,6 @@ for the first, the way text is cut before it (`tokenizer.ggml.pre`).
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from causal_jax.data.tokenizers.bpe import tokenizers_library
@@ -27,17 +26,6 @@ _CUTS = {
 }
 _CONTROL, _USER, _BYTE = 3, 4, 6  # token types
 _KEY = "tokenizer.ggml."
-
-
-def read_gguf_tokenizer(path: Path | str) -> PretrainedTokenizer:
-    """The tokenizer of a GGUF file.
-
-    Raises:
-        InputError: no GGUF file, or one whose tokenizer is of an unknown kind.
-    """
-    from causal_jax.gguf_file import open_gguf
-
-    return gguf_tokenizer(open_gguf(path).metadata, str(path))
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> PretrainedTokenizer:

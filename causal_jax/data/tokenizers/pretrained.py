@@ -5,7 +5,8 @@ table of bytes that every tokenizer here has. Text that spells a mark ("<|im_end
 marks are read in `chat` alone, where the model's own template has written them.
 
 A vocabulary of the SentencePiece kind puts a space in front of every text; `decode` takes it off
-again. What a tokenizer's normaliser changes (Unicode forms) stays changed.
+again. Lossless they are only as far as they were made so: what a normaliser changes (Unicode forms)
+stays changed, and a byte that the vocabulary lacks (SmolLM2: rare lead bytes) is left out.
 """
 
 import dataclasses
@@ -221,17 +222,20 @@ class Pretrained(TokenizerSpec):
     """The tokenizer of a pretrained model, as it is.
 
     Args:
-        source: a folder with tokenizer.json, that file, or a GGUF file.
+        source: as `causal_jax.models.pretrained.load` takes it: a folder with tokenizer.json, a
+            GGUF file, a hub repository, "smollm2".
     """
 
-    source: str = ""
+    source: str = "smollm2"
 
     def train(self, texts: Iterable[str]) -> PretrainedTokenizer:
-        path = Path(self.source)
-        if path.suffix == ".gguf":
-            from causal_jax.data.tokenizers._gguf import read_gguf_tokenizer
+        from causal_jax.data.tokenizers._gguf import gguf_tokenizer
+        from causal_jax.gguf_file import open_gguf
+        from causal_jax.models.pretrained import resolve
 
-            return read_gguf_tokenizer(path)
+        path = resolve(self.source)
+        if path.suffix == ".gguf":
+            return gguf_tokenizer(open_gguf(path).metadata, self.source)
         return read_tokenizer_json(path if path.is_dir() else path.parent, self.source)
 
     def _load(self, record: dict[str, Any]) -> PretrainedTokenizer:
