@@ -38,12 +38,36 @@ def matches(pattern: str, tree: Any) -> Any:
     return map_named(lambda name, _: re.search(pattern, name) is not None, tree)
 
 
+def partition(pattern: str, tree: Any, field: str = "pattern") -> tuple[Any, Any]:
+    """(leaves whose name holds `pattern`, the others): two trees, None where the other has one.
+
+    Raises:
+        InputError: no name holds it.
+    """
+    chosen = matches(pattern, tree)
+    if not any(jax.tree.leaves(chosen)):
+        names = list(named_leaves(tree))
+        shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        raise InputError(f"{field} = {pattern!r} matches no parameter; names: {shown}")
+    take = lambda wanted: jax.tree.map(lambda a, c: a if c is wanted else None, tree, chosen)  # noqa: E731
+    return take(True), take(False)
+
+
+def combine(one: Any, other: Any) -> Any:
+    """The tree that `partition` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=_is_none)
+
+
 def check_pattern(field: str, pattern: str) -> None:
     """Refuse what is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as e:
         raise InputError(f"{field} = {pattern!r} is not a regular expression: {e}") from e
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _word(key: Any) -> str:

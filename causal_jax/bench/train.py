@@ -20,6 +20,7 @@ from causal_jax.bench.timing import (
     refuse_if_too_large,
     temp_bytes,
 )
+from causal_jax.errors import InputError
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.sharding import make_mesh, put_batch
 from causal_jax.training.state import abstract_state, graph_of, new_state
@@ -90,6 +91,11 @@ def our_step(recipe: Recipe, batch: dict[str, np.ndarray]) -> tuple[Candidate, A
     """The compiled step of `training/step.py`; its starting weights; the loss at them."""
     mesh = make_mesh(recipe.mesh)
     tx, spec = recipe.optimizer.transformation(), recipe.model
+    if recipe.trainable or getattr(spec, "lora", None) is not None:
+        raise InputError(
+            f"trainable = {recipe.trainable!r}, model.lora = {getattr(spec, 'lora', None)}: the "
+            "peers train everything and have no adapters; leave both empty"
+        )
     averaged = recipe.ema is not None
     abstract, _ = abstract_state(spec, tx, mesh, ema=averaged, rules=recipe.mesh.rules)
     graph = graph_of(spec)

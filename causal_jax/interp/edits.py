@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from causal_jax.edits import Edit, site
 from causal_jax.errors import InputError
@@ -260,7 +261,8 @@ def counterfactual(
     if kind not in KINDS:
         raise InputError(f"counterfactual kind={kind!r}: expected one of {', '.join(KINDS)}")
     if (key is None) == (kind in ("random", "shuffled")):
-        raise InputError(f"counterfactual kind={kind!r}: key={'missing' if key is None else key}")
+        use = "missing" if key is None else "without use"
+        raise InputError(f"counterfactual kind={kind!r}: key={use}")
     sels = leaves("head", head), leaves("query", query)
     if kind == "uniform":
         return [_at("q", layer, when).apply(_replace, 0.0, *sels[::-1])]
@@ -291,16 +293,16 @@ def counterfactual_attention(
     visible = jnp.broadcast_to(visible, pattern.shape)
     if kind == "uniform":
         new = jnp.ones_like(pattern)
-    elif kind == "random":
+    elif kind == "random" and key is not None:
         new = jax.random.uniform(key, pattern.shape, minval=1e-6)
     elif kind == "reversed":
         new = jnp.max(jnp.where(visible, pattern, 0), -1, keepdims=True) - pattern
         level = jnp.sum(jnp.where(visible, new, 0), -1, keepdims=True) <= 1e-6
         new = jnp.where(level, pattern, new)
-    elif kind == "shuffled":
+    elif kind == "shuffled" and key is not None:
         return _shuffled(pattern, visible, key)
     else:
-        raise InputError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+        raise InputError(f"kind={kind!r}, key={key}: expected one of {', '.join(KINDS)}")
     new = jnp.where(visible, new, 0)
     total = new.sum(-1, keepdims=True)
     return new / jnp.where(total == 0, 1, total)
@@ -471,7 +473,7 @@ def _basis(basis: Any) -> Any:
     if jnp.ndim(basis) == 1:
         v = jnp.asarray(basis)
         return (v / jnp.linalg.norm(v))[:, None]
-    if not isinstance(basis, jax.core.Tracer):
+    if not isinstance(basis, Tracer):
         v = np.asarray(basis, np.float64)
         if v.ndim != 2 or not np.allclose(v.T @ v, np.eye(v.shape[1]), atol=1e-3):
             raise InputError(

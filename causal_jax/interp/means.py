@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from causal_jax.edits import Edit
 from causal_jax.errors import InputError
@@ -54,7 +55,7 @@ class MeanTable:
             raise InputError(f"ids of shape {list(ids.shape)}: the table has {len(self.rows)} long")
         known = ids if self.classes is None else jnp.take(self.classes, ids, mode="clip")
         rows = jnp.take_along_axis(self.rows, known.T, axis=1, mode="fill", fill_value=-1).T
-        if not isinstance(rows, jax.core.Tracer) and (np.asarray(rows) < 0).any():
+        if not isinstance(rows, Tracer) and (np.asarray(rows) < 0).any():
             row, position = np.argwhere(np.asarray(rows) < 0)[0]
             raise InputError(
                 f"ids: token {ids[row, position]} was never seen at position {position} by the "

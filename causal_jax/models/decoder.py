@@ -19,6 +19,7 @@ from causal_jax.models._base import ModelSpec, models
 from causal_jax.nn.attention import KV, Attention
 from causal_jax.nn.block import Block, dropout
 from causal_jax.nn.linear import Embed, Linear, matmul
+from causal_jax.nn.lora import LoRA, adapt
 from causal_jax.nn.mlp import MLP, ActivationName, is_gated
 from causal_jax.nn.norm import NormName, make_norm
 from causal_jax.nn.stack import Stack
@@ -78,6 +79,7 @@ class Decoder(ModelSpec):
         dtype: of the computation; parameters are float32.
         remat: what the backward pass keeps of a layer: "none" (all), "dots", "full" (nothing).
         scan: stack equal layers and scan over them (compiles fast); False keeps every layer apart.
+        lora: low-rank adapters on the linear maps of every block, or None.
     """
 
     layers: int = 12
@@ -106,6 +108,7 @@ class Decoder(ModelSpec):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True
+    lora: LoRA | None = None
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "context"):
@@ -194,7 +197,7 @@ class Decoder(ModelSpec):
             out_scale=out_scale,
             rngs=rngs,
         )
-        return Block(
+        block = Block(
             attention,
             mlp,
             norm(),
@@ -203,6 +206,9 @@ class Decoder(ModelSpec):
             parallel=self.parallel,
             dropout=self.dropout,
         )
+        if self.lora is not None:
+            adapt(block, self.lora, rngs=rngs)
+        return block
 
 
 class DecoderModel(nnx.Module):

@@ -109,13 +109,20 @@ class Loop:
         tx = recipe.optimizer.transformation()
         self.graph = state.graph_of(recipe.model)
         abstract, whole = state.abstract_state(
-            recipe.model, tx, mesh, ema=recipe.ema is not None, rules=recipe.mesh.rules
+            recipe.model,
+            tx,
+            mesh,
+            ema=recipe.ema is not None,
+            trainable=recipe.trainable,
+            rules=recipe.mesh.rules,
         )
         check_space(workdir, state.size_in_bytes(abstract))
         self.data = iter(prepared.train)
         found = store.restore(abstract)
         if found is None:
-            self.state = state.new_state(recipe.model, tx, abstract, recipe.seed)
+            self.state = state.new_state(
+                recipe.model, tx, abstract, recipe.seed, trainable=recipe.trainable
+            )
         else:
             self.state, meta = found
             self.data.set_state(meta["data"])
@@ -128,6 +135,7 @@ class Loop:
             mesh,
             steps=recipe.steps,
             accumulate=recipe.accumulate,
+            trainable=recipe.trainable,
             ema=recipe.ema,
         )
         self.evaluate = step.make_eval_step(self.graph, recipe.objective, mesh)

@@ -7,6 +7,7 @@ from causal_jax.errors import InputError
 from causal_jax.models._base import ModelSpec
 from causal_jax.objectives._base import Objective
 from causal_jax.objectives.next_token import NextToken
+from causal_jax.paths import check_pattern
 from causal_jax.training.optimizer import AdamW, Optimizer
 from causal_jax.training.sharding import MeshSpec
 
@@ -123,6 +124,8 @@ class Recipe:
         steps: optimizer steps.
         seed: of the parameters and of all randomness in the steps.
         accumulate: microbatches per step; the result is that of the whole batch at once.
+        trainable: which parameters are trained: a pattern searched for in their names; all others
+            stay as they began and cost no optimizer state. Empty: all.
         ema: decay of a moving average of the parameters, which then is what is validated, sampled
             and evaluated; None for none.
         skip: steps in a row whose loss or gradient is not finite that are left out; one more stops
@@ -142,6 +145,7 @@ class Recipe:
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
+    trainable: str = ""
     ema: float | None = None
     skip: int = 5
     evaluation: Evaluation = Evaluation()
@@ -152,6 +156,7 @@ class Recipe:
 
     def __post_init__(self):
         _at_least("", self, steps=1, seed=0, accumulate=1, skip=0)
+        check_pattern("trainable", self.trainable)
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise InputError(f"ema must be between 0 and 1, or None, got {self.ema}")
         if self.data.batch % self.accumulate:

@@ -2,7 +2,8 @@
 
     {"step": int32 [], "params": nnx.State, "opt": optax state, "ema": nnx.State (if averaged)}
 
-Parameters, moments and averages are float32 whatever the model computes in.
+The optimizer's state covers what is trained. Parameters, moments and averages are float32 whatever
+the model computes in.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from causal_jax.models._base import ModelSpec
+from causal_jax.paths import partition
 from causal_jax.training.sharding import state_shardings
 
 State = dict[str, Any]
@@ -30,11 +32,17 @@ def graph_of(spec: ModelSpec) -> nnx.GraphDef:
 
 
 def init_state(
-    spec: ModelSpec, tx: optax.GradientTransformation, key: jax.Array, *, ema: bool = False
+    spec: ModelSpec,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    ema: bool = False,
+    trainable: str = "",
 ) -> State:
     """A state at step 0. Pure: trace it to get shapes, jit it to make it sharded from the start."""
     params = nnx.split(spec.build(key))[1]
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(params)}
+    trained, _ = partition(trainable, params, "trainable")
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(trained)}
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
 
 
@@ -44,6 +52,7 @@ def abstract_state(
     mesh: Mesh,
     *,
     ema: bool = False,
+    trainable: str = "",
     rules: tuple = (),
 ) -> tuple[State, list[str]]:
     """The state as shapes, dtypes and shardings; nothing is allocated.
@@ -51,7 +60,11 @@ def abstract_state(
     Returns:
         (tree of ShapeDtypeStruct with sharding, dimensions that could not be split).
     """
-    shapes = jax.eval_shape(lambda key: init_state(spec, tx, key, ema=ema), jax.random.key(0))
+
+    def init(key: jax.Array) -> State:
+        return init_state(spec, tx, key, ema=ema, trainable=trainable)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, kept = state_shardings(mesh, shapes, rules, _heads(spec))
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
@@ -73,12 +86,17 @@ def shardings_of(abstract: State) -> Any:
 
 
 def new_state(
-    spec: ModelSpec, tx: optax.GradientTransformation, abstract: State, seed: int
+    spec: ModelSpec,
+    tx: optax.GradientTransformation,
+    abstract: State,
+    seed: int,
+    *,
+    trainable: str = "",
 ) -> State:
     """The state at step 0, every array made where it belongs; the same values on every mesh."""
 
     def init(key: jax.Array) -> State:
-        return init_state(spec, tx, key, ema="ema" in abstract)
+        return init_state(spec, tx, key, ema="ema" in abstract, trainable=trainable)
 
     return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
 

@@ -8,6 +8,7 @@ global batch, however it is cut into microbatches and spread over devices. A ste
 gradient is not finite changes nothing but the step counter.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.objectives._base import Objective
+from causal_jax.paths import combine, partition
 from causal_jax.placement import BATCH, TIME
 from causal_jax.training.optimizer import Optimizer
 from causal_jax.training.state import State, shardings_of
@@ -35,6 +37,7 @@ def make_step(
     *,
     steps: int,
     accumulate: int = 1,
+    trainable: str = "",
     ema: float | None = None,
 ) -> Step:
     """The compiled step.
@@ -47,6 +50,7 @@ def make_step(
         mesh: the devices.
         steps: length of the run, for the learning-rate schedule.
         accumulate: microbatches; B must be divisible by it.
+        trainable: pattern of the parameters that are trained; the others stay as they are.
         ema: decay of the average, where the state has one.
 
     Returns:
@@ -56,30 +60,33 @@ def make_step(
     """
     tx = optimizer.transformation()
 
-    def gradient(params: Any, batch: Batch, key: jax.Array):
-        def loss(params):
-            return objective.loss(nnx.merge(graph, params), batch, key)
+    def gradient(trained: Any, frozen: Any, batch: Batch, key: jax.Array):
+        def loss(trained):
+            return objective.loss(nnx.merge(graph, combine(trained, frozen)), batch, key)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         return value, metrics, grads
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, dict[str, Any]]:
-        params, key = state["params"], jax.random.fold_in(key, state["step"])
+        key = jax.random.fold_in(key, state["step"])
+        params, frozen = partition(trainable, state["params"], "trainable")
         if accumulate == 1:
-            value, metrics, grads = gradient(params, batch, key)
+            value, metrics, grads = gradient(params, frozen, batch, key)
         else:
-            value, metrics, grads = _accumulate(gradient, params, batch, key, accumulate, mesh)
+            part = functools.partial(gradient, params, frozen)
+            value, metrics, grads = _accumulate(part, batch, key, accumulate, mesh)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         lr = optimizer.learning_rate(state["step"], steps)
         updates, opt = tx.update(grads, state["opt"], params)
-        new = {"params": jax.tree.map(lambda p, u: p - lr * u, params, updates), "opt": opt}
+        moved = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+        new = {"params": combine(moved, frozen), "opt": opt}
         if "ema" in state and ema is not None:
             # young averages follow closely: the start of training is forgotten
             decay = jnp.minimum(ema, (state["step"] + 1.0) / (state["step"] + 10.0))
-            new["ema"] = jax.tree.map(
-                lambda e, p: decay * e + (1.0 - decay) * p, state["ema"], new["params"]
-            )
+            old, still = partition(trainable, state["ema"], "trainable")
+            moved = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old, moved)
+            new["ema"] = combine(moved, still)
         kept = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
         report = {"metrics": metrics, "grad_norm": norm, "lr": lr, "finite": finite}
@@ -89,7 +96,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(abstract), everywhere))
 
 
-def _accumulate(gradient, params, batch: Batch, key, parts: int, mesh: Mesh):
+def _accumulate(gradient, batch: Batch, key, parts: int, mesh: Mesh):
     """Gradient of the whole batch from `parts` microbatches in turn; sums in float32."""
 
     def cut(x: jax.Array) -> jax.Array:
@@ -104,13 +111,11 @@ def _accumulate(gradient, params, batch: Batch, key, parts: int, mesh: Mesh):
 
     def body(total, xs):
         micro, i = xs
-        new = weigh(*gradient(params, micro, jax.random.fold_in(key, i)))
+        new = weigh(*gradient(micro, jax.random.fold_in(key, i)))
         return jax.tree.map(jnp.add, total, new), None
 
     micros = jax.tree.map(cut, batch)
-    first = jax.eval_shape(
-        lambda: weigh(*gradient(params, jax.tree.map(lambda x: x[0], micros), key))
-    )
+    first = jax.eval_shape(lambda: weigh(*gradient(jax.tree.map(lambda x: x[0], micros), key)))
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
     (value, metrics, grads), _ = jax.lax.scan(body, zero, (micros, jnp.arange(parts)))
     count = jnp.maximum(metrics["loss"][1], 1e-9)
