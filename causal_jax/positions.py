@@ -37,7 +37,9 @@ __all__ = [
     "alibi_slopes",
     "frequencies",
     "rotate",
+    "rotation",
     "sinusoidal",
+    "turn",
 ]
 
 
@@ -201,6 +203,47 @@ def frequencies(spec: Rotary, head_dim: int) -> np.ndarray:
     return f if spec.scaling is None else spec.scaling.apply(f, spec.base)
 
 
+def rotation(
+    positions: Int[Array, "#B T"] | Float[Array, "#B T"], spec: Rotary, head_dim: int
+) -> tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]]:
+    """What `turn` multiplies with: cos and sin of every pair's angle, times the scaling's gain.
+
+    A model asks once and turns the queries and keys of all its layers with the same tables:
+    computing them costs more than using them.
+
+    Args:
+      positions: absolute token numbers. spec: the embedding. head_dim: H, the width of a head.
+    Returns: cos and sin, float32, one column per pair.
+    Raises: InputError if the number of turned dimensions is not even.
+    """
+    f = jnp.asarray(frequencies(spec, head_dim), dtype=jnp.float32)
+    gain = 1.0 if spec.scaling is None else spec.scaling.gain()
+    angle = positions.astype(jnp.float32)[..., None, None] * f[None, None, None]
+    return jnp.cos(angle) * gain, jnp.sin(angle) * gain
+
+
+def turn(
+    x: Float[Array, "B T N H"],
+    tables: tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]],
+    spec: Rotary,
+) -> Float[Array, "B T N H"]:
+    """Turn the heads of queries or keys by the angles of `rotation`; in fp32, back in x.dtype."""
+    cos, sin = tables
+    width = 2 * cos.shape[-1]
+    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+    if spec.interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
+    parts = a * cos - b * sin, b * cos + a * sin
+    if spec.interleaved:
+        turned = jnp.stack(parts, axis=-1).reshape(turned.shape)
+    else:
+        turned = jnp.concatenate(parts, axis=-1)
+    turned = turned.astype(x.dtype)
+    return turned if width == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
+
+
 def rotate(
     x: Float[Array, "B T N H"],
     positions: Int[Array, "#B T"] | Float[Array, "#B T"],
@@ -214,23 +257,7 @@ def rotate(
     Raises: InputError if the number of turned dimensions is not even.
     Source: Su et al., arXiv:2104.09864.
     """
-    f = jnp.asarray(frequencies(spec, x.shape[-1]), dtype=jnp.float32)
-    gain = 1.0 if spec.scaling is None else spec.scaling.gain()
-    angle = positions.astype(jnp.float32)[..., None, None] * f[None, None, None]  # [B,T,1,R/2]
-    cos, sin = jnp.cos(angle) * gain, jnp.sin(angle) * gain
-    width = 2 * f.size
-    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
-    if spec.interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
-    else:
-        a, b = jnp.split(turned, 2, axis=-1)
-    parts = a * cos - b * sin, b * cos + a * sin
-    if spec.interleaved:
-        turned = jnp.stack(parts, axis=-1).reshape(turned.shape)
-    else:
-        turned = jnp.concatenate(parts, axis=-1)
-    turned = turned.astype(x.dtype)
-    return turned if width == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
+    return turn(x, rotation(positions, spec, x.shape[-1]), spec)
 
 
 def sinusoidal(

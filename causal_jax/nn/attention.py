@@ -7,6 +7,7 @@ the mechanism `attn.mask`, `attn.bias`, `attn.scores`, `attn.pattern`, `attn.z`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from causal_jax import masks
 from causal_jax.attention import AttentionSpec
 from causal_jax.nn.linear import Linear
 from causal_jax.nn.norm import RMSNorm
-from causal_jax.positions import Rotary, rotate
+from causal_jax.positions import Rotary, turn
 from causal_jax.shapes import Array, Float, Int
 from causal_jax.taps import OFF, Tap
+
+Rotations = Mapping[Rotary, tuple[Array, Array]]  # of this pass's positions, made once per model
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +75,10 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         mask: masks.Mask,
-        positions: Int[Array, "B T"],
+        rotations: Rotations,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
-        q, k, v = self._project(x, positions, tap)
+        q, k, v = self._project(x, rotations, tap)
         z = self.spec(q, k, v, mask=mask, tap=tap.scope("attn"))
         return self.o(z.reshape(*x.shape[:2], -1))
 
@@ -92,7 +95,7 @@ class Attention(nnx.Module):
         *,
         length: Int[Array, ""],
         mask: masks.Mask,
-        positions: Int[Array, "B T"],
+        rotations: Rotations,
         tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """Write T new positions into the cache of `layer` at `length`; attend to all written.
@@ -100,7 +103,7 @@ class Attention(nnx.Module):
         Only the new positions are written: the stacked arrays travel as a loop's carry and are
         updated in place.
         """
-        q, k, v = self._project(x, positions, tap)
+        q, k, v = self._project(x, rotations, tap)
         at = (layer, 0, length, 0, 0)
         cache = KV(
             jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
@@ -113,12 +116,13 @@ class Attention(nnx.Module):
         z = self.spec(q, keys, values, mask=mask, q_offset=offset, tap=tap.scope("attn"))
         return self.o(z.reshape(*x.shape[:2], -1)), cache
 
-    def _project(self, x: Array, positions: Array, tap: Tap) -> tuple[Array, Array, Array]:
+    def _project(self, x: Array, rotations: Rotations, tap: Tap) -> tuple[Array, Array, Array]:
         q = self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim)
         k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = rotate(q, positions, self.rotary), rotate(k, positions, self.rotary)
+            tables = rotations[self.rotary]
+            q, k = turn(q, tables, self.rotary), turn(k, tables, self.rotary)
         return tap("q", q), tap("k", k), tap("v", v)

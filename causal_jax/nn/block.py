@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from causal_jax import masks
-from causal_jax.nn.attention import KV, Attention
+from causal_jax.nn.attention import KV, Attention, Rotations
 from causal_jax.nn.mlp import MLP
 from causal_jax.nn.norm import LayerNorm, RMSNorm
 from causal_jax.shapes import Array, Float, Int, Key
@@ -52,12 +52,12 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         mask: masks.Mask,
-        positions: Int[Array, "B T"],
+        rotations: Rotations,
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
         x = tap("resid_pre", x)
-        mixed = self.attention(self.attention_norm(x), mask=mask, positions=positions, tap=tap)
+        mixed = self.attention(self.attention_norm(x), mask=mask, rotations=rotations, tap=tap)
         return self._finish(x, mixed, key, tap)
 
     def extend(
@@ -68,7 +68,7 @@ class Block(nnx.Module):
         *,
         length: Int[Array, ""],
         mask: masks.Mask,
-        positions: Int[Array, "B T"],
+        rotations: Rotations,
         tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The same on T new positions after those in the cache."""
@@ -79,7 +79,7 @@ class Block(nnx.Module):
             layer,
             length=length,
             mask=mask,
-            positions=positions,
+            rotations=rotations,
             tap=tap,
         )
         return self._finish(x, mixed, None, tap), cache

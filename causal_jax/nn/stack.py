@@ -18,9 +18,10 @@ from flax import nnx
 
 from causal_jax import masks
 from causal_jax.attention import AttentionSpec
-from causal_jax.nn.attention import KV
+from causal_jax.nn.attention import KV, Rotations
 from causal_jax.nn.block import Block
 from causal_jax.placement import with_batch
+from causal_jax.positions import rotation
 from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 
@@ -93,10 +94,12 @@ class Stack(nnx.Module):
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
+        rotations = self._rotations(positions)
+
         def layer(graph, x, xs, tap):
             params, key = xs
             block = nnx.merge(graph, params)
-            x = block(x, mask=mask, positions=positions, key=key, tap=tap)
+            x = block(x, mask=mask, rotations=rotations, key=key, tap=tap)
             return with_batch(x), None
 
         for segment, graphs, params in self._parts():
@@ -134,12 +137,14 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[KV, ...], ...]]:
         """T new positions through all layers; caches ride in the carry, updated in place."""
 
+        rotations = self._rotations(positions)
+
         def layer(graph, j, carry, xs, tap):
             x, caches = carry
             params, index = xs
             block = nnx.merge(graph, params)
             x, new = block.extend(
-                x, caches[j], index, length=length, mask=mask, positions=positions, tap=tap
+                x, caches[j], index, length=length, mask=mask, rotations=rotations, tap=tap
             )
             return (x, caches[:j] + (new,) + caches[j + 1 :]), None
 
@@ -166,6 +171,10 @@ class Stack(nnx.Module):
         out.segments = segments_of(specs, scan=False)
         out.blocks = nnx.List(nnx.List([block]) for block in layers)
         return out
+
+    def _rotations(self, positions: Array) -> Rotations:
+        layers = [block.attention for blocks in self.blocks for block in blocks]
+        return {a.rotary: rotation(positions, a.rotary, a.head_dim) for a in layers if a.rotary}
 
     def _parts(self):
         for segment, blocks in zip(self.segments, self.blocks):
