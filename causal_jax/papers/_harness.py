@@ -29,7 +29,7 @@ def train(
     measure: Callable[..., dict[str, Array]] | None = None,
     every: int | None = None,
     report: Report | None = None,
-    span: tuple[float, float] = (0.0, 1.0),
+    span: tuple[float | int, float | int] = (0.0, 1.0),
     text: str = "training",
     together: bool = True,
 ) -> tuple[Params, dict[str, np.ndarray]]:
