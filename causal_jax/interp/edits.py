@@ -27,7 +27,7 @@ from jax.core import Tracer
 
 from causal_jax.edits import Edit, site
 from causal_jax.errors import InputError
-from causal_jax.interp.selection import Selection, hits, leaves, per_layer
+from causal_jax.interp.selection import Selection, check, hits, leaves, per_layer
 from causal_jax.shapes import Array, Float, Key
 
 OUTSIDE = ("embed", "final", "logits")  # sites that no layer has
@@ -419,6 +419,11 @@ def _at(name: str, layer: Layer, when: Mapping[str, Any]):
 
 def _changed(name, fn, values, sels, layer, when, *args):
     """`fn(x, value of this layer, *selections, *args)` at the chosen layers."""
+    # Edits may become arguments of a compiled program, where nothing can be checked any more.
+    batch = 0 if name in OUTSIDE else 1
+    for what, sel, size in zip(("position", "head"), sels, jnp.shape(values)[batch + 1 : -1]):
+        if size > 1:
+            check(what, sel, size)
     if name in OUTSIDE:
         if layer is not None:
             raise InputError(f"site {name!r} is in no layer: layer={layer} has no meaning")

@@ -46,7 +46,7 @@ def heat_map(
     """
     values = _matrix("values", values)
     rows, columns = values.shape
-    width, height = 2.2 + min(max(0.24 * columns, 2), 14), 1.4 + min(max(0.2 * rows, 1), 12)
+    width, height = 2.2 + min(max(0.24 * columns, 3), 14), 1.4 + min(max(0.2 * rows, 1), 12)
     figure, (ax,) = panels(1, width=width, height=height)
     heat(
         ax, values, title=title, limit=limit, label=label,

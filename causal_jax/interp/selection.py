@@ -62,16 +62,26 @@ def hits(what: str, sel: Any, size: int) -> Bool[Array, "b n"]:
     if isinstance(sel, tuple):
         lo, hi = (size if b is None else _from_front(b, size) for b in sel)
         return ((index >= lo) & (index < hi))[None]
+    check(what, sel, size)
+    if is_bool(sel):
+        return jnp.asarray(sel).reshape(-1, size)
+    sel = _from_front(jnp.atleast_1d(jnp.asarray(sel)), size)
+    return (sel[..., None] == index.reshape((1,) * sel.ndim + (size,))).any(-2).reshape(-1, size)
+
+
+def check(what: str, sel: Any, size: int) -> None:
+    """Refuse a known index out of range, and a mask of another length.
+
+    Raises:
+        InputError: naming `what`, the value and what there is.
+    """
     if is_bool(sel):
         if sel.shape[-1] != size:
             raise InputError(f"{what}: a mask of {sel.shape[-1]} entries, there are {size}")
-        return jnp.asarray(sel).reshape(-1, size)
-    if isinstance(sel, int | np.ndarray | np.integer):
+    elif isinstance(sel, int | np.ndarray | np.integer):
         known = np.asarray(sel)
         if np.any((known < -size) | (known >= size)):
             raise InputError(f"{what}={known.tolist()} is outside 0..{size - 1}")
-    sel = _from_front(jnp.atleast_1d(jnp.asarray(sel)), size)
-    return (sel[..., None] == index.reshape((1,) * sel.ndim + (size,))).any(-2).reshape(-1, size)
 
 
 def _from_front(i: Any, size: int) -> Any:
