@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.papers._base import Report
-from causal_jax.shapes import Array, Float, Key
+from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.training.optimizer import Optimizer
 
 Params = Any
@@ -25,7 +25,7 @@ def train(
     steps: int,
     seeds: int,
     *,
-    given: Callable[[Key[Array, ""]], Any] | None = None,
+    given: Callable[[Key[Array, ""], Int[Array, ""]], Any] | None = None,
     measure: Callable[..., dict[str, Array]] | None = None,
     every: int | None = None,
     report: Report | None = None,
@@ -42,8 +42,9 @@ def train(
         optimizer: how.
         steps: number of updates.
         seeds: how many models, of keys 0 ... seeds - 1.
-        given: key -> arrays (any pytree) that stay as they are during a training, such as the
-            vectors its data are made of; then `loss` and `measure` take them as third argument.
+        given: (key, seed) -> arrays (any pytree) that stay as they are during a training, such as
+            the vectors its data are made of; then `loss` and `measure` take them as third argument.
+            A sweep over conditions is one program if the seed picks the condition.
         measure: (parameters, key) -> what to record, before the first update and every `every`.
         every: updates between two records; `steps` must be a multiple of it. None: record at the
             end only.
@@ -64,7 +65,7 @@ def train(
     def begin(seed):
         keys = jax.random.split(jax.random.key(seed), 2)
         params = init(keys[0])
-        constants = () if given is None else (given(jax.random.fold_in(keys[0], 1)),)
+        constants = () if given is None else (given(jax.random.fold_in(keys[0], 1), seed),)
         return (params, transformation.init(params), jnp.int32(0)), (keys[1], constants)
 
     def advance(state, fixed, count):
