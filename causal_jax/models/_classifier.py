@@ -27,5 +27,3 @@ class Classifier(nnx.Module):
         for layer, b in zip(self.layers, self.bias[...]):
             h = jax.nn.relu(h @ layer[...] + b)
         return h @ self.head[...]
-
-

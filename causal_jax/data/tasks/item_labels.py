@@ -37,14 +37,18 @@ Split = Literal["train", "weights", "context", "swapped"]
 
 
 class Prototypes(NamedTuple):
-    """What stays the same during a run.
+    """What stays the same during a run; the dials in it may differ within one program.
 
     Attributes:
         items: [K, D], the vectors of the classes. labels: [L, D], those of the labels.
+        ends: [K+1], cumulative frequency from 0 to 1, with the classes of a label side by side.
+        noise: [], eps.
     """
 
     items: Array
     labels: Array
+    ends: Array
+    noise: Array
 
 
 class Rows(NamedTuple):
@@ -130,15 +134,31 @@ class ItemLabels:
         """Tokens of a row, 2N + 1."""
         return 2 * self.pairs + 1
 
-    def prototypes(self, key: Key[Array, ""]) -> Prototypes:
-        """Vectors of all classes and labels, N(0, I/D)."""
-        draws = jax.random.normal(key, (self.classes + self.labels, self.dim)) * self.dim**-0.5
-        return Prototypes(draws[: self.classes], draws[self.classes :])
+    def prototypes(self, key: Key[Array, ""], room: int = 0) -> Prototypes:
+        """Vectors of all classes and labels, N(0, I/D), and the dials `classes`, `zipf`, `noise`.
+
+        Args:
+            room: classes in the arrays, those beyond K of frequency 0, so that tasks of different
+                K fit one program; 0: K.
+        """
+        room = room or self.classes
+        if room < self.classes or room % self.labels:
+            raise InputError(
+                f"room={room}: expected 0 or a multiple of {self.labels}, >= {self.classes}"
+            )
+        draws = jax.random.normal(key, (room + self.labels, self.dim)) * self.dim**-0.5
+        f = np.arange(1.0, room + 1) ** -self.zipf * (np.arange(room) < self.classes)
+        f = f.reshape(-1, self.labels).T.reshape(-1)
+        ends = np.concatenate([[0.0], np.cumsum(f) / f.sum()]).astype(np.float32)
+        return Prototypes(draws[:room], draws[room:], jnp.asarray(ends), jnp.float32(self.noise))
 
     def sample(
         self, known: Prototypes, key: Key[Array, ""], batch: int, split: Split = "train"
     ) -> Rows:
-        """Rows of a split; same key, same rows. `batch` and `split` are static under jit."""
+        """Rows of a split; same key, same rows. `batch` and `split` are static under jit.
+
+        `classes`, `zipf` and `noise` are those of `known`.
+        """
         one = dataclasses.replace
         task = {
             "train": self,
@@ -146,80 +166,71 @@ class ItemLabels:
             "context": one(self, burst=self.burst or 1, bursty=1.0, fresh=1.0),
             "swapped": one(self, burst=self.burst or 1, bursty=1.0, fresh=0.0),
         }[split]
-        keys = jax.random.split(key, 4)
-        classes, slots = task._classes(keys[0], batch)
+        keys, N = jax.random.split(key), self.pairs
+        # One draw of each kind: the generator is most of the program, to compile and to run.
+        u = jax.random.uniform(keys[0], (batch, self.labels + 3 * (N + 1) + 3))
+        switch = u[:, -3:, None]
+        classes, slots = task._classes(known.ends, u[:, :-3], switch[:, 0])
         labels = classes % self.labels
-        own = jax.random.bernoulli(keys[2], task.fresh, (batch, 1))
-        vectors = known.items[classes] if task.fresh < 1 else jnp.zeros((*classes.shape, self.dim))
-        if task.fresh > 0:
-            new = jax.random.normal(keys[1], vectors.shape) * self.dim**-0.5
-            vectors = jnp.where(own[..., None], new, vectors)
+        M, own = classes.shape[1], switch[:, 1] < task.fresh
+        extra = M if task.fresh > 0 else 0
+        draws = jax.random.normal(keys[1], (batch, N + 1 + extra, self.dim)) * self.dim**-0.5
+        vectors = draws[:, N + 1 :]
+        if task.fresh < 1:
+            met = known.items[classes]
+            vectors = jnp.where(own[..., None], vectors, met) if extra else met
         if split == "swapped":
             labels = (labels + 1) % self.labels
         take = lambda x: jnp.take_along_axis(x, slots, axis=1)  # noqa: E731
         items = jnp.take_along_axis(vectors, slots[..., None], axis=1)
-        tokens = self._tokens(keys[3], known, items, take(labels)[:, :-1])
+        items = (items + known.noise * draws[:, : N + 1]) / jnp.sqrt(1 + known.noise**2)
+        tokens = self._tokens(items, known.labels[take(labels)[:, :-1]], switch[:, 2])
         kind = jnp.where(own, slots, take(classes))  # every slot of a fresh row is another class
         return Rows(tokens, take(labels)[:, -1], take(labels)[:, :-1], kind[:, :-1] == kind[:, -1:])
 
-    def _classes(self, key, batch: int) -> tuple[Int[Array, "B M"], Int[Array, "B N1"]]:
+    def _classes(
+        self, ends: Array, u: Float[Array, "B U"], switch: Float[Array, "B 1"]
+    ) -> tuple[Int[Array, "B M"], Int[Array, "B N1"]]:
         """M classes per row, and which of them stands at each of the N pairs and the target."""
-        keys = jax.random.split(key, 3)
         N, bursty = self.pairs, self.bursty if self.burst else 0.0
-        alone = jnp.broadcast_to(jnp.arange(N + 1)[None], (batch, N + 1))
+        cuts = self.labels + np.arange(3) * (N + 1)
+        u_label, u_slot, u_class, u_free = jnp.split(u, cuts, axis=1)
+        alone = jnp.broadcast_to(jnp.arange(N + 1)[None], u_free.shape)
         if bursty == 0:
-            return self._draw(keys[0], None, (batch, N + 1)), alone
+            return self._draw(ends, u_free), alone
         M = N // self.burst
-        u = jax.random.uniform(keys[1], (batch, self.labels + N + 1))
-        distinct = self._draw(keys[0], self._labels(u[:, : self.labels], M), (batch, M))
-        order = jnp.argsort(u[:, self.labels : -1], axis=1)
-        slots = jnp.concatenate([order // self.burst, (u[:, -1:] * M).astype(jnp.int32)], axis=1)
+        classes = self._draw(ends, u_class[:, :M], self._labels(ends, u_label, M))
+        order = jnp.argsort(u_slot[:, :-1], axis=1)
+        slots = jnp.concatenate(
+            [order // self.burst, (u_slot[:, -1:] * M).astype(jnp.int32)], axis=1
+        )
         if bursty == 1:
-            return distinct, slots
-        mixed, on = jax.random.split(keys[2])
-        burst = jax.random.bernoulli(on, bursty, (batch, 1))
-        free = self._draw(mixed, None, (batch, N + 1))
-        padded = jnp.pad(distinct, ((0, 0), (0, N + 1 - M)))
-        return jnp.where(burst, padded, free), jnp.where(burst, slots, alone)
+            return classes, slots
+        burst = switch < bursty
+        padded = jnp.pad(classes, ((0, 0), (0, N + 1 - M)))
+        return jnp.where(burst, padded, self._draw(ends, u_free)), jnp.where(burst, slots, alone)
 
-    def _labels(self, u: Float[Array, "B L"], count: int) -> Int[Array, "B M"]:
+    def _labels(self, ends: Array, u: Float[Array, "B L"], count: int) -> Int[Array, "B M"]:
         """`count` different labels, drawn one after another by the frequency of their classes."""
-        weight = np.diff(self._ends[:: self.classes // self.labels])
+        weight = jnp.diff(ends[:: (ends.size - 1) // self.labels])
         # The smallest of exponential times: a draw without replacement.
-        times = -jnp.log1p(-u) / jnp.asarray(weight, jnp.float32)[None]
-        return jax.lax.top_k(-times, count)[1]
+        return jax.lax.top_k(jnp.log1p(-u) / weight[None], count)[1]
 
-    def _draw(self, key, labels: Int[Array, "B M"] | None, shape) -> Int[Array, "B M"]:
+    def _draw(
+        self, ends: Array, u: Float[Array, "B M"], labels: Int[Array, "B M"] | None = None
+    ) -> Int[Array, "B M"]:
         """Classes by frequency: of the labels given, or of any."""
-        u, per = jax.random.uniform(key, shape), self.classes // self.labels
-        ends = jnp.asarray(self._ends, jnp.float32)
-        if labels is None:
-            at = u
-        else:
+        per = (ends.size - 1) // self.labels
+        if labels is not None:
             low, high = ends[labels * per], ends[(labels + 1) * per]
-            at = low + u * (high - low)
-        place = jnp.searchsorted(ends[1:], at, side="right")
-        if labels is not None:  # rounding at the ends of a label's stretch
-            place = jnp.clip(place, labels * per, (labels + 1) * per - 1)
-        place = jnp.minimum(place, self.classes - 1)
+            u = jnp.minimum(low + u * (high - low), jnp.nextafter(high, low))
+        place = jnp.searchsorted(ends[1:], u, side="right")  # passes over classes of frequency 0
         return place // per + self.labels * (place % per)
 
-    @property
-    def _ends(self) -> Float[np.ndarray, "K1"]:
-        """Cumulative frequency, from 0 to 1, with the classes of a label side by side."""
-        f = np.arange(1.0, self.classes + 1) ** -self.zipf
-        f = f.reshape(-1, self.labels).T.reshape(-1) / f.sum()
-        return np.concatenate([[0.0], np.cumsum(f)])
-
-    def _tokens(self, key, known: Prototypes, items, labels: Int[Array, "B N"]):
-        keys = jax.random.split(key, 2)
-        batch, N = labels.shape
-        noise = jax.random.normal(keys[0], items.shape) * self.dim**-0.5
-        items = (items + self.noise * noise) / (1 + self.noise**2) ** 0.5
-        pairs = jnp.stack([items[:, :-1], known.labels[labels]], axis=2)
-        content = jnp.concatenate([pairs.reshape(batch, 2 * N, self.dim), items[:, -1:]], axis=1)
-        start = jnp.zeros((batch,), jnp.int32)
-        if self.positions > self.length:
-            start = jax.random.randint(keys[1], (batch,), 0, self.positions - self.length + 1)
-        place = start[:, None] + jnp.arange(self.length)[None]
+    def _tokens(self, items: Array, labels: Array, u: Array) -> Array:
+        batch, N, D = labels.shape
+        pairs = jnp.stack([items[:, :-1], labels], axis=2).reshape(batch, 2 * N, D)
+        content = jnp.concatenate([pairs, items[:, -1:]], axis=1)
+        start = (u * (self.positions - self.length + 1)).astype(jnp.int32)
+        place = start + jnp.arange(self.length)[None]
         return jnp.concatenate([jax.nn.one_hot(place, self.positions), content], axis=-1)

@@ -1,8 +1,8 @@
 """What one layer of attention could compute of a regression prompt, in closed form.
 
-    plain GD       y = (eta/S) sum_l y_l  x_l . x_q            what linear attention can do
-    debiased GD    y = (eta/S) sum_l y_l (x_l - mean x) . x_q  what two opposite softmax heads can do
-    ridge          y = x_q' (X'X + noise P^-1)^-1 X'y          Bayes, prior N(0, P) on the coefficients
+    plain GD       y = (eta/S) sum_l y_l  x_l . x_q            linear attention can do it
+    debiased GD    y = (eta/S) sum_l y_l (x_l - mean x) . x_q  two opposite softmax heads can
+    ridge          y = x_q' (X'X + noise P^-1)^-1 X'y          Bayes, coefficients ~ N(0, P)
 
 All are one step from zero, or the solution, of least squares over the S pairs of the prompt. The
 losses below are exact for finite S with x ~ N(0, I), coefficients ~ N(0, I/d), and include the
@@ -113,9 +113,7 @@ def preconditioner(task: LinearRegression) -> Float[np.ndarray, "D D"]:
     return np.linalg.inv(gamma)
 
 
-def misfit(
-    a: Float[Array | np.ndarray, "I J"], b: Float[Array | np.ndarray, "I J"]
-) -> float:
+def misfit(a: Float[Array | np.ndarray, "I J"], b: Float[Array | np.ndarray, "I J"]) -> float:
     """How far a is from every multiple of b: min_c |a - c b| / |a| (Frobenius)."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - (a * b).sum() / (b * b).sum() * b) / np.linalg.norm(a))
@@ -133,9 +131,7 @@ def reduced_loss(
     return 1 + noise - 2 * mu @ omega + mu @ _curvature(omega, d, S, noise) @ mu
 
 
-def reduced_mu(
-    omega: Float[Array, "H"], *, d: int, S: int, noise: float
-) -> Float[Array, "H"]:
+def reduced_mu(omega: Float[Array, "H"], *, d: int, S: int, noise: float) -> Float[Array, "H"]:
     """The mu that minimises `reduced_loss` given omega."""
     return jnp.linalg.solve(_curvature(omega, d, S, noise), omega[:, None])[:, 0]
 
