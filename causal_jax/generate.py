@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from causal_jax.attention import Dense
 from causal_jax.data.tokenizers import Tokenizer
 from causal_jax.errors import InputError
 from causal_jax.sampling import Sampling, sample_logits
@@ -115,8 +114,7 @@ def _groups(spec: Any, lengths: np.ndarray) -> list[np.ndarray]:
     Padding in front moves a prompt to later slots. Attention that goes by distance never notices;
     one that goes by absolute places (sinks, blocks, buckets) would.
     """
-    by_distance = all(isinstance(s, Dense) and not s.sinks for s in spec.layer_specs())
-    if by_distance:
+    if all(s.by_distance for s in spec.layer_specs()):
         return [np.arange(len(lengths))] if len(lengths) else []
     return [np.flatnonzero(lengths == n) for n in np.unique(lengths)]
 

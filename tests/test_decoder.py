@@ -304,3 +304,10 @@ def test_bad_sizes_are_named(change, words):
 def test_a_vocabulary_is_needed():
     with pytest.raises(ValueError, match="vocab"):
         Decoder(layers=1, width=8, heads=1).build(jax.random.key(0))
+
+
+def test_padding_in_front_of_sinks_is_refused():
+    spec = dataclasses.replace(TINY, vocab=31, attention=(Dense(window=4, sinks=2),))
+    model = nnx.eval_shape(lambda: spec.build(jax.random.key(0)))
+    with pytest.raises(ValueError, match="absolute places"):
+        model.init_cache(2, 8, start=jnp.zeros(2, jnp.int32))

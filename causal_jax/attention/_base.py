@@ -42,6 +42,12 @@ class AttentionSpec:
         """Does it equal dense attention under the same mask, for sequences of this length?"""
         raise NotImplementedError(type(self).__name__)
 
+    @property
+    def by_distance(self) -> bool:
+        """Does it depend on places only through their differences, so that padding in front of a
+        sequence changes nothing once it is masked? (Sinks, blocks and buckets go by place.)"""
+        return False
+
     def cost(self, T: int, S: int, N: int, H: int, Hv: int) -> float:
         """Floating-point operations of the products of one causal forward pass, one sequence."""
         raise NotImplementedError(type(self).__name__)

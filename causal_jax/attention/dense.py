@@ -255,6 +255,11 @@ class Dense(AttentionSpec):
         plain = self.soft_cap is None and self.scale is None
         return plain and (self.window is None or self.window >= length - 1)
 
+    @property
+    def by_distance(self) -> bool:
+        """Unless there are sinks, which are the first places."""
+        return not self.sinks
+
     def cost(self, T: int, S: int, N: int, H: int, Hv: int) -> float:
         """2 (H + H') operations per head and allowed pair; the queries are the last positions."""
         past = np.arange(max(S - T, 0), max(S - T, 0) + T, dtype=np.float64)

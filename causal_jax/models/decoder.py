@@ -15,6 +15,7 @@ from flax import nnx
 
 from causal_jax import masks
 from causal_jax.attention import AttentionSpec, Dense
+from causal_jax.errors import InputError
 from causal_jax.models._base import ModelSpec, models
 from causal_jax.nn.attention import KV, Attention
 from causal_jax.nn.block import Block, dropout
@@ -283,7 +284,16 @@ class DecoderModel(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def init_cache(self, batch: int, length: int, *, start: Int[Array, "B"] | None = None) -> Cache:
-        """An empty cache of `length` slots; `start` counts the padding in front of each row."""
+        """An empty cache of `length` slots; `start` counts the padding in front of each row.
+
+        Raises:
+            InputError: padding in front of attention that goes by absolute places.
+        """
+        if start is not None and not all(s.by_distance for s in self.spec.layer_specs()):
+            raise InputError(
+                f"start: attention {self.spec.attention} goes by absolute places, which padding in "
+                "front moves; run rows of equal length together, without start"
+            )
         layers = self.stack.init_cache(batch, length, jnp.dtype(self.spec.dtype))
         return Cache(layers, jnp.zeros((), jnp.int32), start)
 

@@ -69,7 +69,8 @@ class Report:
         every: steps per line on stdout and per record in metrics.jsonl.
         tensorboard: also write TensorBoard event files (needs tensorboardX).
         profile: steps to record with the JAX profiler, (first, last); () for none.
-        peak_flops: of one device, for the utilisation figure; None looks the device up in a table.
+        peak_flops: of one device, for the utilisation figure; None looks the device up in a table
+            (a CPU's is measured).
         plot: draw loss.png at the end.
     """
 
