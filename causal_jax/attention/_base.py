@@ -29,6 +29,9 @@ class AttentionSpec:
             queries and keys of the same sequence or not, under a causal mask or a full one.
         streams: has `init_state` and `step` whose cost does not grow with the past.
         needs_key: draws random numbers, so `key` must be given.
+        places: decides itself at which positions keys stand. Given a layout (`causal_jax.segments`)
+            it is called with un-rotated q and k and the keywords `layout` and `rotary`; else as all
+            others.
 
     Mechanisms with parameters also define `init(width, heads, kv_heads, head_dim, rngs)`; those
     with a decode state `init_state(...)` and `step(...)`.
@@ -37,6 +40,7 @@ class AttentionSpec:
     patterns: ClassVar[frozenset[str]] = frozenset()
     streams: ClassVar[bool] = False
     needs_key: ClassVar[bool] = False
+    places: ClassVar[bool] = False
 
     def exact_when(self, length: int) -> bool:
         """Does it equal dense attention under the same mask, for sequences of this length?"""

@@ -26,6 +26,7 @@ from causal_jax.nn.norm import NormName, make_norm
 from causal_jax.nn.stack import Stack
 from causal_jax.placement import with_batch
 from causal_jax.positions import Rotary
+from causal_jax.segments import DocLayout
 from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 
@@ -40,11 +41,13 @@ class Cache:
         length: slots already written, the same for all rows. Writing past the last slot is the
             caller's error.
         start: first real slot of each row (left padding), or None where there is no padding.
+        layout: of a prompt with unordered documents, or None.
     """
 
     layers: tuple[tuple[KV, ...], ...]
     length: Int[Array, ""]
     start: Int[Array, "B"] | None
+    layout: DocLayout | None = None
 
 
 @models.register("decoder")
@@ -236,6 +239,7 @@ class DecoderModel(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         mask: masks.Mask | None = None,
+        layout: DocLayout | None = None,
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T V"]:
@@ -246,10 +250,20 @@ class DecoderModel(nnx.Module):
             segments: document ids; attention stays inside a document. None: one document per row.
             positions: for position embeddings; None: 0, 1, 2, ...
             mask: further restriction of who may attend to whom, and-ed with causality.
+            layout: unordered documents, which then see each other (`causal_jax.segments`). With
+                attention that places keys itself (`Pine`) in every layer their order changes
+                nothing; other attention keeps the positions as given. Excludes segments and
+                positions.
             key: switches dropout on.
             tap: reads and edits activations (`causal_jax.taps`).
+
+        Raises:
+            InputError: a layout beside segments or positions, or with learned positions.
         """
-        h = self.hidden(tokens, segments=segments, positions=positions, mask=mask, key=key, tap=tap)
+        h = self.hidden(
+            tokens, segments=segments, positions=positions, mask=mask, layout=layout, key=key,
+            tap=tap,
+        )  # fmt: skip
         return tap("logits", self.unembed(h))
 
     def hidden(
@@ -259,13 +273,18 @@ class DecoderModel(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         mask: masks.Mask | None = None,
+        layout: DocLayout | None = None,
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
         """The normalised output of the last layer: what `unembed` turns into logits."""
+        allowed: masks.Mask = masks.Causal()
+        if layout is not None:
+            self._check_layout(layout, len(tokens), segments=segments, positions=positions)
+            positions = jnp.maximum(jnp.arange(tokens.shape[1])[None] - layout.start[:, None], 0)
+            allowed = layout.visible(tokens.shape[1])
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        allowed: masks.Mask = masks.Causal()
         if segments is not None:
             allowed = allowed & masks.Documents(segments)
         if mask is not None:
@@ -273,7 +292,7 @@ class DecoderModel(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self._embed(tokens, positions), self.spec.dropout, keys[0])
         x = tap("embed", with_batch(x))
-        x = self.stack(x, mask=allowed, positions=positions, key=keys[1], tap=tap)
+        x = self.stack(x, mask=allowed, positions=positions, layout=layout, key=keys[1], tap=tap)
         return tap("final", self.norm(x))
 
     def unembed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -283,19 +302,32 @@ class DecoderModel(nnx.Module):
         cap = self.spec.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def init_cache(self, batch: int, length: int, *, start: Int[Array, "B"] | None = None) -> Cache:
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        start: Int[Array, "B"] | None = None,
+        layout: DocLayout | None = None,
+    ) -> Cache:
         """An empty cache of `length` slots; `start` counts the padding in front of each row.
 
+        A `layout` (which has its own start) makes it one of prompts with unordered documents: the
+        first `extend` must read all of them, as they see each other.
+
         Raises:
-            InputError: padding in front of attention that goes by absolute places.
+            InputError: padding in front of attention that goes by absolute places; a layout beside
+                start, or with learned positions.
         """
+        if layout is not None:
+            self._check_layout(layout, batch, start=start)
         if start is not None and not all(s.by_distance for s in self.spec.layer_specs()):
             raise InputError(
                 f"start: attention {self.spec.attention} goes by absolute places, which padding in "
                 "front moves; run rows of equal length together, without start"
             )
         layers = self.stack.init_cache(batch, length, jnp.dtype(self.spec.dtype))
-        return Cache(layers, jnp.zeros((), jnp.int32), start)
+        return Cache(layers, jnp.zeros((), jnp.int32), start, layout)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: Cache, *, tap: Tap = OFF
@@ -317,14 +349,25 @@ class DecoderModel(nnx.Module):
         batch, new = tokens.shape
         positions = jnp.broadcast_to((cache.length + jnp.arange(new))[None], (batch, new))
         allowed: masks.Mask = masks.Causal()
-        if cache.start is not None:
-            positions = jnp.maximum(positions - cache.start[:, None], 0)
-            allowed = allowed & ~masks.Prefix(cache.start)
+        start, layout = cache.start, cache.layout
+        if layout is not None:
+            start, allowed = layout.start, layout.visible(cache.layers[0][0].k.shape[2])
+        if start is not None:
+            positions = jnp.maximum(positions - start[:, None], 0)
+            allowed = allowed & ~masks.Prefix(start)
         x = tap("embed", self._embed(tokens, positions))
         x, layers = self.stack.extend(
-            x, cache.layers, length=cache.length, mask=allowed, positions=positions, tap=tap
+            x,
+            cache.layers,
+            length=cache.length,
+            mask=allowed,
+            positions=positions,
+            layout=layout,
+            tap=tap,
         )
-        return tap("final", self.norm(x)), Cache(layers, cache.length + new, cache.start)
+        return tap("final", self.norm(x)), dataclasses.replace(
+            cache, layers=layers, length=cache.length + new
+        )
 
     def unstacked(self) -> "DecoderModel":
         """The same model with every layer apart, as `scan=False` builds it."""
@@ -332,6 +375,14 @@ class DecoderModel(nnx.Module):
         out.spec = dataclasses.replace(self.spec, scan=False)
         out.stack = self.stack.unstacked()
         return out
+
+    def _check_layout(self, layout: DocLayout, rows: int, **others: Array | None) -> None:
+        if given := [name for name, value in others.items() if value is not None]:
+            raise InputError(f"{given[0]}: a layout says where everything stands; expected None")
+        if self.positions is not None:
+            raise InputError("layout: learned positions are part of the input and cannot change")
+        if len(layout.prefix) != rows:
+            raise InputError(f"layout of {len(layout.prefix)} rows for {rows} rows of tokens")
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         dtype = jnp.dtype(self.spec.dtype)

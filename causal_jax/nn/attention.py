@@ -2,12 +2,14 @@
 
     q = rope(norm(x W_q)), k = rope(norm(x W_k)), v = x W_v, y = spec(q, k, v, mask) W_o
 
-Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied), and inside
-the mechanism `attn.mask`, `attn.bias`, `attn.scores`, `attn.pattern`, `attn.z`.
+Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied; not rotated
+where the mechanism places keys itself), and inside the mechanism `attn.mask`, `attn.bias`,
+`attn.scores`, `attn.pattern`, `attn.z`.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,22 @@ from causal_jax.attention import AttentionSpec
 from causal_jax.nn.linear import Linear
 from causal_jax.nn.norm import RMSNorm
 from causal_jax.positions import Rotary, turn
+from causal_jax.segments import DocLayout
 from causal_jax.shapes import Array, Float, Int
 from causal_jax.taps import OFF, Tap
 
-Rotations = Mapping[Rotary, tuple[Array, Array]]  # of this pass's positions, made once per model
+
+@dataclasses.dataclass(frozen=True)
+class Rotations:
+    """What a pass's positions mean for queries and keys, made once per model.
+
+    Attributes:
+        tables: cos and sin of every kind of rotary embedding.
+        layout: of a prompt with unordered documents, for mechanisms that place keys themselves.
+    """
+
+    tables: Mapping[Rotary, tuple[Array, Array]]
+    layout: DocLayout | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +93,7 @@ class Attention(nnx.Module):
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
         q, k, v = self._project(x, rotations, tap)
-        z = self.spec(q, k, v, mask=mask, tap=tap.scope("attn"))
+        z = self.spec(q, k, v, mask=mask, tap=tap.scope("attn"), **self._placed(rotations))
         return self.o(z.reshape(*x.shape[:2], -1))
 
     def init_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> KV:
@@ -113,8 +127,15 @@ class Attention(nnx.Module):
             jax.lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in (cache.k, cache.v)
         )
         offset = jnp.broadcast_to(length, x.shape[:1])
-        z = self.spec(q, keys, values, mask=mask, q_offset=offset, tap=tap.scope("attn"))
+        placed = self._placed(rotations)
+        z = self.spec(q, keys, values, mask=mask, q_offset=offset, tap=tap.scope("attn"), **placed)
         return self.o(z.reshape(*x.shape[:2], -1)), cache
+
+    def _placed(self, rotations: Rotations) -> dict[str, Any]:
+        """What a mechanism needs that places keys itself."""
+        if rotations.layout is None or not self.spec.places:
+            return {}
+        return {"layout": rotations.layout, "rotary": self.rotary}
 
     def _project(self, x: Array, rotations: Rotations, tap: Tap) -> tuple[Array, Array, Array]:
         q = self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim)
@@ -122,7 +143,7 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            tables = rotations[self.rotary]
+        if self.rotary is not None and not self._placed(rotations):
+            tables = rotations.tables[self.rotary]
             q, k = turn(q, tables, self.rotary), turn(k, tables, self.rotary)
         return tap("q", q), tap("k", k), tap("v", v)

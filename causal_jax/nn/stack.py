@@ -22,6 +22,7 @@ from causal_jax.nn.attention import KV, Rotations
 from causal_jax.nn.block import Block
 from causal_jax.placement import with_batch
 from causal_jax.positions import rotation
+from causal_jax.segments import DocLayout
 from causal_jax.shapes import Array, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 
@@ -91,10 +92,11 @@ class Stack(nnx.Module):
         *,
         mask: masks.Mask,
         positions: Int[Array, "B T"],
+        layout: DocLayout | None = None,
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
-        rotations = self._rotations(positions)
+        rotations = self._rotations(positions, layout)
 
         def layer(graph, x, xs, tap):
             params, key = xs
@@ -133,11 +135,12 @@ class Stack(nnx.Module):
         length: Int[Array, ""],
         mask: masks.Mask,
         positions: Int[Array, "B T"],
+        layout: DocLayout | None = None,
         tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[KV, ...], ...]]:
         """T new positions through all layers; caches ride in the carry, updated in place."""
 
-        rotations = self._rotations(positions)
+        rotations = self._rotations(positions, layout)
 
         def layer(graph, j, carry, xs, tap):
             x, caches = carry
@@ -172,9 +175,10 @@ class Stack(nnx.Module):
         out.blocks = nnx.List(nnx.List([block]) for block in layers)
         return out
 
-    def _rotations(self, positions: Array) -> Rotations:
+    def _rotations(self, positions: Array, layout: DocLayout | None) -> Rotations:
         layers = [block.attention for blocks in self.blocks for block in blocks]
-        return {a.rotary: rotation(positions, a.rotary, a.head_dim) for a in layers if a.rotary}
+        tables = {a.rotary: rotation(positions, a.rotary, a.head_dim) for a in layers if a.rotary}
+        return Rotations(tables, layout)
 
     def _parts(self):
         for segment, blocks in zip(self.segments, self.blocks):
