@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from causal_jax.data.tokenizers import Tokenizer
+from causal_jax.data.tokenizers import PretrainedTokenizer, Tokenizer
 from causal_jax.errors import InputError
 from causal_jax.sampling import Sampling, sample_logits
 from causal_jax.shapes import Array, Float, Int
+from causal_jax.text_watch import Watch
 from causal_jax.training.run import load_run
 
 __all__ = ["Completion", "Generated", "Sampling", "complete", "generate", "sample_logits"]
@@ -252,6 +253,7 @@ def complete(
     prompts: Sequence[str],
     *,
     stop: Sequence[str] = (),
+    chat: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[Completion]:
@@ -260,6 +262,7 @@ def complete(
     Args:
         model, tokenizer: of one run; the tokenizer's bos (if any) goes in front, eos ends a row.
         stop: strings that end a row; they are not part of its text.
+        chat: each prompt is what a user says; the tokenizer's chat template surrounds it.
         on_text: called with (row, new text) as text becomes certain: whole characters, and nothing
             that might yet turn out to be the beginning of a stop string.
         settings: `max_tokens`, `sampling`, `seed`, `context`, `chunk` of `generate`.
@@ -269,9 +272,8 @@ def complete(
     """
     if any(not s for s in stop):
         raise InputError("stop '': a stop string has at least one character")
-    front = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = [np.array([*front, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
-    watches = [_Watch(tokenizer, tuple(stop), before) for before in ids]
+    ids = [_ids(tokenizer, prompt, chat) for prompt in prompts]
+    watches = [Watch(tokenizer, tuple(stop), before) for before in ids]
 
     def on_tokens(new: np.ndarray) -> np.ndarray:
         for row, (watch, tokens) in enumerate(zip(watches, new, strict=True)):
@@ -291,44 +293,13 @@ def complete(
     return out
 
 
-class _Watch:
-    """The growing text of one row: what is certain, and whether a stop string has come."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], before: np.ndarray):
-        self.stream, self.stop = tokenizer.decode_stream(), stop
-        for token in before:  # a tokenizer may treat the beginning of a text differently
-            self.stream.push(token)
-        self.text, self.used, self.shown, self.stopped = "", 0, 0, False
-
-    def push(self, tokens: np.ndarray) -> str:
-        for token in tokens:
-            if self.stopped:
-                break
-            self.used += 1
-            self._add(self.stream.push(int(token)))
-        held = 0 if self.stopped else self._undecided()
-        return self._show(len(self.text) - held)
-
-    def flush(self) -> str:
-        if not self.stopped:
-            self._add(self.stream.flush())
-        return self._show(len(self.text))
-
-    def _add(self, new: str) -> None:
-        before, self.text = len(self.text), self.text + new
-        found = [self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop]
-        found = [at for at in found if at >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    def _undecided(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        ends = [n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
-        return max(ends, default=0)
-
-    def _show(self, until: int) -> str:
-        new, self.shown = self.text[self.shown : until], max(self.shown, until)
-        return new
+def _ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> np.ndarray:
+    if chat:
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise InputError("chat: only a pretrained model has a chat template")
+        return tokenizer.chat([{"role": "user", "content": prompt}])
+    front = [] if tokenizer.bos is None else [tokenizer.bos]
+    return np.array([*front, *tokenizer.encode(prompt)], np.int32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -368,6 +339,8 @@ def _continue(
     alone = len(args.prompt) == 1
     # As the model reads them: numbers of a task get the space behind them that text does not need.
     prompts = [tokenizer.decode(tokenizer.encode(p).tolist()) for p in args.prompt]
+    if args.chat:
+        prompts = [f"{prompt}\n\n" for prompt in args.prompt]
     waiting = [prompts[0]]  # printed with the first text, when nothing can be wrong any more
 
     def show(_: int, text: str) -> None:
@@ -379,6 +352,7 @@ def _continue(
         tokenizer,
         args.prompt,
         stop=args.stop,
+        chat=args.chat,
         on_text=show if alone else None,
         max_tokens=args.max_tokens,
         sampling=sampling,
@@ -424,6 +398,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="TEXT",
         help="text to continue; give it again for more prompts",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says: put it into the model's chat template",
     )
     add(
         "--max_tokens",

@@ -113,11 +113,14 @@ def torch_logits(model, ids: np.ndarray) -> np.ndarray:
 
 
 def torch_greedy(model, ids: np.ndarray, new: int) -> np.ndarray:
-    """[B, new] ids: one full pass per step, no cache."""
-    out = ids
-    for _ in range(new):
-        out = np.concatenate([out, torch_logits(model, out)[:, -1:].argmax(-1)], axis=1)
-    return out[:, ids.shape[1] :]
+    """[B, new] ids of transformers' own greedy loop."""
+    import torch
+
+    length = {"max_new_tokens": new, "min_new_tokens": new}
+    with torch.no_grad():
+        tokens = torch.tensor(ids, dtype=torch.long)
+        out = model.generate(tokens, do_sample=False, pad_token_id=0, eos_token_id=None, **length)
+    return out.numpy()[:, ids.shape[1] :]
 
 
 def ids(batch: int, length: int, vocab: int = 61) -> np.ndarray:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from causal_jax.attention import Dense
 from causal_jax.data.tokenizers import Bytes
 from causal_jax.errors import InputError
-from causal_jax.generate import Completion, Sampling, _Watch, complete, generate, sample_logits
+from causal_jax.generate import Completion, Sampling, complete, generate, sample_logits
 from causal_jax.models.decoder import Decoder
+from causal_jax.text_watch import Watch
 
 GREEDY = Sampling(0.0)
 BYTES = Bytes().train([])
@@ -238,7 +239,7 @@ def test_prompts_that_cannot_be(model, rows, kw, message):
 @given(st.text("abĉ ", max_size=30), st.lists(st.text("abĉ", min_size=1, max_size=3), max_size=3))
 def test_watching_text_grow(text, stop):
     """What is shown is the text before the first stop string, in pieces, never taken back."""
-    watch, shown = _Watch(BYTES, tuple(stop)), ""
+    watch, shown = Watch(BYTES, tuple(stop)), ""
     for token in BYTES.encode(text):
         piece = watch.push(np.array([token]))
         shown += piece

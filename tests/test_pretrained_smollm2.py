@@ -66,12 +66,24 @@ def test_the_command_continues_a_prompt(file, capsys):
     assert "5 tokens" in err
 
 
+def test_the_command_answers_in_the_models_own_layout(tmp_path, capsys):
+    template = "{% for m in messages %}{{ m.content }}d{% endfor %}"
+    path, model = tmp_path / "chat.gguf", torch_model("llama2")
+    write_gguf(path, model, **{"tokenizer.chat_template": template})
+    words = ["--model", str(path), "--max_tokens", "5", "--temperature", "0", "--prompt"]
+    assert main([*words, "be", "--chat"]) == 0
+    answer = capsys.readouterr().out.removeprefix("be\n\n")
+    assert main([*words, "bed"]) == 0
+    assert capsys.readouterr().out.removeprefix("bed") == answer
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
         (["--model", "{file}", "--checkpoint", "best"], "only a run (--run) has checkpoints"),
         (["--model", "{folder}"], "holds config.json"),
+        (["--model", "{file}", "--chat"], "this model has no chat template"),
     ],
 )
 def test_what_the_command_refuses(file, args, message, capsys, tmp_path):

@@ -3,6 +3,8 @@
     python -m causal_jax.bench attention --masks causal,window:256 --seq 2048,8192 --bwd
     python -m causal_jax.bench train --config configs/quickstart.py
     python -m causal_jax.bench generate --config configs/quickstart.py
+    python -m causal_jax.bench taps --model smollm2
+    python -m causal_jax.bench pretrained --model smollm2 --rss
 
 Prints one table per case; `--out DIR` also appends `DIR/bench.jsonl` (one line per figure, with
 device, versions and commit) and draws plots. "vs X" is how many times faster than X. Exit codes:
@@ -23,6 +25,8 @@ GROUPS = {
     "attention": "registered mechanisms x masks x lengths, beside jax.nn, torch, ...",
     "train": "one optimisation step of a config's model, beside the same model in torch",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
+    "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",
+    "taps": "what reading and changing activations costs; a map of patches as one program",
 }
 
 
