@@ -1,6 +1,10 @@
 """A small feed-forward classifier with one scalar bias per layer."""
 
+import math
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from causal_jax.shapes import Array, Float, Key
@@ -13,15 +17,14 @@ class Classifier(nnx.Module):
     """
 
     def __init__(self, d_in: int, width: int, depth: int, labels: int, key: Key[Array, ""]):
-        keys = jax.random.split(key, depth + 2)
         sizes = (d_in, *[width] * depth)
-        draw = jax.random.normal
-        self.layers = nnx.List(
-            nnx.Param((2 / n) ** 0.5 * draw(k, (n, m)))
-            for k, n, m in zip(keys, sizes[:-1], sizes[1:])
-        )
-        self.bias = nnx.Param(width**-0.5 * draw(keys[-2], (depth,)))
-        self.head = nnx.Param(sizes[-1] ** -0.5 * draw(keys[-1], (sizes[-1], labels)))
+        shapes = [*zip(sizes[:-1], sizes[1:]), (depth,), (sizes[-1], labels)]
+        cuts = np.cumsum([math.prod(s) for s in shapes])
+        draws = jnp.split(jax.random.normal(key, (cuts[-1],)), cuts[:-1])  # one: quick to compile
+        *weights, bias, head = (x.reshape(s) for x, s in zip(draws, shapes))
+        self.layers = nnx.List(nnx.Param((2 / w.shape[0]) ** 0.5 * w) for w in weights)
+        self.bias = nnx.Param(width**-0.5 * bias)
+        self.head = nnx.Param(sizes[-1] ** -0.5 * head)
 
     def __call__(self, h: Float[Array, "B D"]) -> Float[Array, "B V"]:
         for layer, b in zip(self.layers, self.bias[...]):

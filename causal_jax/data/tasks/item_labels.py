@@ -147,10 +147,14 @@ class ItemLabels:
                 f"room={room}: expected 0 or a multiple of {self.labels}, >= {self.classes}"
             )
         draws = jax.random.normal(key, (room + self.labels, self.dim)) * self.dim**-0.5
+        ends = jnp.asarray(self.frequencies(room), jnp.float32)
+        return Prototypes(draws[:room], draws[room:], ends, jnp.float32(self.noise))
+
+    def frequencies(self, room: int) -> Float[np.ndarray, "K1"]:
+        """`Prototypes.ends` of `room` classes."""
         f = np.arange(1.0, room + 1) ** -self.zipf * (np.arange(room) < self.classes)
         f = f.reshape(-1, self.labels).T.reshape(-1)
-        ends = np.concatenate([[0.0], np.cumsum(f) / f.sum()]).astype(np.float32)
-        return Prototypes(draws[:room], draws[room:], jnp.asarray(ends), jnp.float32(self.noise))
+        return np.concatenate([[0.0], np.cumsum(f) / f.sum()])
 
     def sample(
         self, known: Prototypes, key: Key[Array, ""], batch: int, split: Split = "train"
@@ -159,28 +163,37 @@ class ItemLabels:
 
         `classes`, `zipf` and `noise` are those of `known`.
         """
-        one = dataclasses.replace
-        task = {
-            "train": self,
-            "weights": one(self, burst=0, fresh=0.0),
-            "context": one(self, burst=self.burst or 1, bursty=1.0, fresh=1.0),
-            "swapped": one(self, burst=self.burst or 1, bursty=1.0, fresh=0.0),
-        }[split]
+        kinds = {
+            "train": (self.bursty if self.burst else 0.0, self.fresh, 0),
+            "weights": (0.0, 0.0, 0),
+            "context": (1.0, 1.0, 0),
+            "swapped": (1.0, 0.0, 1),
+        }
+        return self._rows(known, key, batch, *kinds[split])
+
+    def tests(self, known: Prototypes, key: Key[Array, ""], batch: int) -> dict[str, Rows]:
+        """`batch` rows of "context", "weights" and "swapped" each, from one draw."""
+        third = np.repeat(np.arange(3), batch)[:, None]
+        rows = self._rows(known, key, 3 * batch, third != 1, third == 0, third == 2)
+        names = ("context", "weights", "swapped")
+        parts = (Rows(*(x[i * batch : (i + 1) * batch] for x in rows)) for i in range(3))
+        return dict(zip(names, parts))
+
+    def _rows(self, known: Prototypes, key, batch: int, bursty, fresh, shift) -> Rows:
+        """Rows that are bursty and fresh with these probabilities, alike or [batch, 1] by row."""
         keys, N = jax.random.split(key), self.pairs
         # One draw of each kind: the generator is most of the program, to compile and to run.
         u = jax.random.uniform(keys[0], (batch, self.labels + 3 * (N + 1) + 3))
         switch = u[:, -3:, None]
-        classes, slots = task._classes(known.ends, u[:, :-3], switch[:, 0])
-        labels = classes % self.labels
-        M, own = classes.shape[1], switch[:, 1] < task.fresh
-        extra = M if task.fresh > 0 else 0
+        classes, slots = self._classes(known.ends, u[:, :-3], switch[:, 0], bursty)
+        M, own = classes.shape[1], switch[:, 1] < fresh
+        extra = M if np.any(fresh) else 0
         draws = jax.random.normal(keys[1], (batch, N + 1 + extra, self.dim)) * self.dim**-0.5
         vectors = draws[:, N + 1 :]
-        if task.fresh < 1:
+        if not np.all(np.equal(fresh, 1)):
             met = known.items[classes]
             vectors = jnp.where(own[..., None], vectors, met) if extra else met
-        if split == "swapped":
-            labels = (labels + 1) % self.labels
+        labels = (classes + shift) % self.labels
         take = lambda x: jnp.take_along_axis(x, slots, axis=1)  # noqa: E731
         items = jnp.take_along_axis(vectors, slots[..., None], axis=1)
         items = (items + known.noise * draws[:, : N + 1]) / jnp.sqrt(1 + known.noise**2)
@@ -189,22 +202,20 @@ class ItemLabels:
         return Rows(tokens, take(labels)[:, -1], take(labels)[:, :-1], kind[:, :-1] == kind[:, -1:])
 
     def _classes(
-        self, ends: Array, u: Float[Array, "B U"], switch: Float[Array, "B 1"]
+        self, ends: Array, u: Float[Array, "B U"], switch: Float[Array, "B 1"], bursty
     ) -> tuple[Int[Array, "B M"], Int[Array, "B N1"]]:
         """M classes per row, and which of them stands at each of the N pairs and the target."""
-        N, bursty = self.pairs, self.bursty if self.burst else 0.0
+        N, copies = self.pairs, self.burst or 1
         cuts = self.labels + np.arange(3) * (N + 1)
         u_label, u_slot, u_class, u_free = jnp.split(u, cuts, axis=1)
         alone = jnp.broadcast_to(jnp.arange(N + 1)[None], u_free.shape)
-        if bursty == 0:
+        if not np.any(bursty):
             return self._draw(ends, u_free), alone
-        M = N // self.burst
+        M = N // copies
         classes = self._draw(ends, u_class[:, :M], self._labels(ends, u_label, M))
         order = jnp.argsort(u_slot[:, :-1], axis=1)
-        slots = jnp.concatenate(
-            [order // self.burst, (u_slot[:, -1:] * M).astype(jnp.int32)], axis=1
-        )
-        if bursty == 1:
+        slots = jnp.concatenate([order // copies, (u_slot[:, -1:] * M).astype(jnp.int32)], axis=1)
+        if np.all(np.equal(bursty, 1)):
             return classes, slots
         burst = switch < bursty
         padded = jnp.pad(classes, ((0, 0), (0, N + 1 - M)))
