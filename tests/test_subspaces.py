@@ -1,0 +1,194 @@
+"""Subspaces: patches, the split by what is read, fitting, the audit, rank-one edits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from causal_jax.data.tasks import indirect_object
+from causal_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from causal_jax.errors import InputError
+from causal_jax.interp import subspaces
+from causal_jax.papers.subspace_illusion import three_neurons
+
+M, D, B = 12, 5, 6
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def columns(seed, k):
+    return subspaces.random_subspace(jax.random.key(seed), M, k)
+
+
+def test_the_distilled_example_is_exact():
+    found = three_neurons()
+    expected = {"v": -0.4, "e1": 1.3, "e2": 1.3, "e3": -0.4, "w2": -0.4}
+    for name, value in expected.items():
+        assert found[name].dtype == np.float64
+        assert abs(float(found[name]) - value) < 1e-12
+
+
+def test_a_patch_is_a_projection():
+    x, source, v = normal(0, B, M), normal(1, B, M), columns(2, 3)
+    patched = subspaces.subspace_patch(x, source, v)
+    np.testing.assert_allclose(patched @ v, source @ v, atol=1e-5)
+    moved = patched - x
+    np.testing.assert_allclose(moved @ v @ v.T, moved, atol=1e-5)  # stays in the span of v
+    np.testing.assert_allclose(subspaces.subspace_patch(patched, source, v), patched, atol=1e-5)
+    turned = v @ jnp.linalg.qr(normal(3, 3, 3))[0]  # another basis of the same span
+    np.testing.assert_allclose(subspaces.subspace_patch(x, source, turned), patched, atol=1e-5)
+    np.testing.assert_allclose(subspaces.subspace_patch(x, source, jnp.eye(M)), source, atol=1e-5)
+    np.testing.assert_array_equal(subspaces.subspace_patch(x, source, jnp.zeros((M, 1))), x)
+
+
+@pytest.mark.parametrize("rank", [D, 2])
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_split_by_what_is_read(rank, k):
+    w = normal(0, M, rank) @ normal(1, rank, D)  # rank-deficient for rank 2
+    v = columns(2, k)
+    row, null = subspaces.split_row_null(v, w)
+    np.testing.assert_allclose(row + null, v, atol=1e-6)
+    np.testing.assert_allclose(row.T @ null, np.zeros((k, k)), atol=1e-5)
+    np.testing.assert_allclose(null.T @ w, np.zeros((k, D)), atol=1e-4)
+    assert float(jnp.linalg.norm(row)) > 0.1
+    assert subspaces.orthonormal(w).shape == (M, rank)
+
+
+def test_the_gradient_through_a_patch_is_that_of_finite_differences():
+    x, source, w = normal(0, B, M), normal(1, B, M), normal(2, M)
+
+    def loss(raw):
+        v = (raw / jnp.linalg.norm(raw))[:, None]
+        return jnp.sum(jnp.tanh(subspaces.subspace_patch(x, source, v) @ w))
+
+    with jax.enable_x64(True):
+        x, source, w = (jnp.asarray(np.asarray(a), jnp.float64) for a in (x, source, w))
+        raw, step = jnp.asarray(np.asarray(normal(3, M)), jnp.float64), 1e-6
+        steps = step * jnp.eye(M)
+        wanted = [(loss(raw + e) - loss(raw - e)) / (2 * step) for e in steps]
+        np.testing.assert_allclose(jax.grad(loss)(raw), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_effects_are_shares_of_the_clean_difference():
+    clean = jnp.array([2.0, 4.0])
+    assert float(subspaces.fldd(clean, clean)) == 0.0
+    assert float(subspaces.fldd(clean, jnp.zeros(2))) == 100.0
+    assert float(subspaces.fldd(clean, -clean)) == 200.0
+    logits = jnp.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    assert float(subspaces.interchange_accuracy(logits, jnp.array([2, 1]))) == 0.5
+
+
+def test_a_fitted_direction_finds_the_one_that_is_read():
+    base, source = normal(0, 64, M), normal(1, 64, M)
+    truth = columns(2, 1)
+
+    @jax.jit
+    def fit(key):
+        def loss(v, key):
+            out = subspaces.subspace_patch(base, source, v) @ truth
+            return jnp.square(out - source @ truth).mean()
+
+        return subspaces.fit_subspace(loss, M, key=key, steps=300, lr=0.05, final=0.1)
+
+    v, losses = fit(jax.random.key(3))
+    assert v.shape == (M, 1)
+    assert float(losses[-1]) < 0.01 * float(losses[0])
+    assert abs(float(jnp.vdot(v, truth))) > 0.99
+
+
+def honest_and_dormant():
+    """x = (feature, feature, nothing, ...); only the first or only the third coordinate is read."""
+    feature = jnp.where(jnp.arange(64) % 2 == 0, 1.0, -1.0)
+    base = jnp.zeros((64, M)).at[:, :2].set(feature[:, None]) + 0.05 * normal(0, 64, M)
+    source = jnp.zeros((64, M)).at[:, :2].set(-feature[:, None]) + 0.05 * normal(1, 64, M)
+    return feature, base, source
+
+
+def test_the_audit_tells_a_dormant_path_from_an_honest_one():
+    feature, base, source = honest_and_dormant()
+    direct = 2.0 * feature  # the model's own way round the site
+    one = jnp.eye(M)[:, :1]
+
+    def reads(weights, extra):
+        w = jnp.zeros((M, 1)).at[:, 0].set(weights)
+        return w, lambda x: feature * ((x @ w)[:, 0] + extra)
+
+    w, metric = reads(jnp.eye(M)[0], 0.0)
+    honest = subspaces.audit(metric, base, source, one, w, jax.random.key(0))
+    assert honest.verdict == "consistent"
+    assert honest.reasons == ()
+    assert honest.effects["v"] > 150
+
+    w, metric = reads(2.0 * jnp.eye(M)[2], direct)
+    v = (jnp.eye(M)[1] + jnp.eye(M)[2])[:, None] / jnp.sqrt(2.0)  # disconnected + dormant
+    dormant = subspaces.audit(metric, base, source, v, w, jax.random.key(0))
+    assert dormant.verdict == "illusory"
+    assert len(dormant.reasons) == 3
+    assert dormant.effects["v"] > 80
+    assert abs(dormant.effects["null"]) < 0.1
+    assert abs(dormant.effects["full"]) < 10
+    assert dormant.norms == pytest.approx({"row": 0.5**0.5, "null": 0.5**0.5}, abs=1e-5)
+
+    nothing = subspaces.audit(metric, base, source, jnp.eye(M)[:, 5:6], w, jax.random.key(0))
+    assert nothing.verdict == "no effect"
+
+
+def test_a_patch_equals_a_rank_one_edit():
+    hidden, w = normal(0, 50, M), normal(1, M, D)
+    x, source, v = hidden[0], hidden[1], columns(2, 1)
+    a, b = subspaces.patch_to_edit(x, source, v[:, 0], w, hidden.T @ hidden / 50)
+    patched = subspaces.subspace_patch(x[None], source[None], v)[0]
+    edited = w + b[:, None] * a[None]
+    np.testing.assert_allclose(x @ edited, patched @ w, atol=1e-4)
+    assert abs(float(jnp.vdot(b, x)) - 1) < 1e-5
+    other = hidden[7]
+    np.testing.assert_allclose(other @ edited - other @ w, jnp.vdot(b, other) * a, atol=1e-4)
+    # of all b with b x = 1 it disturbs the other activations least
+    worse = b + 0.1 * (columns(3, 1)[:, 0] - jnp.vdot(columns(3, 1)[:, 0], x) / jnp.vdot(x, x) * x)
+    assert float(jnp.square(hidden @ b).sum()) < float(jnp.square(hidden @ worse).sum())
+
+
+def test_a_rank_one_edit_is_a_patch_through_the_null_space():
+    w, x, source = normal(0, M, D), normal(1, M), normal(2, M)
+    a = 0.3 * normal(3, D)
+    v = subspaces.edit_to_patch(a, x, source, w)
+    assert abs(float(jnp.linalg.norm(v)) - 1) < 1e-5
+    patched = subspaces.subspace_patch(x[None], source[None], v[:, None])[0]
+    np.testing.assert_allclose(patched @ w, x @ w + a, atol=1e-4)
+    assert not np.isfinite(subspaces.edit_to_patch(1e4 * a, x, source, w)).any()
+
+
+def test_indirect_objects():
+    tokenizer = Letters()
+    made = indirect_object.pairs(tokenizer, 20, 0, ("{a} and {b}; {s} to", "{a} or {b}, {s} to"))
+    assert made.base.shape == made.source.shape
+    assert made.base.dtype == np.int32
+    for base, source, answer, other in zip(*made, strict=True):
+        names = [t for t in base if t >= Letters.FIRST]
+        assert names.count(answer) == 1  # the one that is not repeated
+        assert names.count(other) == 2
+        assert sorted(set(names)) == sorted({answer, other})
+        (at,) = np.flatnonzero(base != source)
+        assert (base[at], source[at]) == (other, answer)
+    again = indirect_object.pairs(tokenizer, 20, 0, ("{a} and {b}; {s} to", "{a} or {b}, {s} to"))
+    np.testing.assert_array_equal(made.base, again.base)
+    with pytest.raises(InputError, match="different numbers of tokens"):
+        indirect_object.pairs(tokenizer, 20, 0, ("{a} {b} {s}", "{a} {b} {s} to"))
+    with pytest.raises(InputError, match="single tokens"):
+        indirect_object.pairs(ByteTokenizer(), 2, 0)
+
+
+class Letters(Tokenizer):
+    """Words as tokens; names have the ids from FIRST on."""
+
+    FIRST = 100
+
+    def encode(self, text):
+        names = [*indirect_object.NAMES]
+        words = [w.strip(",;") for w in text.split()]
+        return [
+            self.FIRST + names.index(w) if w in names else sum(map(ord, w)) % self.FIRST
+            for w in words
+        ]
