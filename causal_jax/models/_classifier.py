@@ -1,5 +1,6 @@
 """A small feed-forward classifier with one scalar bias per layer."""
 
+import itertools
 import math
 
 import jax
@@ -18,7 +19,7 @@ class Classifier(nnx.Module):
 
     def __init__(self, d_in: int, width: int, depth: int, labels: int, key: Key[Array, ""]):
         sizes = (d_in, *[width] * depth)
-        shapes = [*zip(sizes[:-1], sizes[1:]), (depth,), (sizes[-1], labels)]
+        shapes = [*itertools.pairwise(sizes), (depth,), (sizes[-1], labels)]
         cuts = np.cumsum([math.prod(s) for s in shapes])
         draws = jnp.split(jax.random.normal(key, (cuts[-1],)), cuts[:-1])  # one: quick to compile
         *weights, bias, head = (x.reshape(s) for x, s in zip(draws, shapes))

@@ -237,7 +237,7 @@ class AbruptICL(Paper):
         theta, loss = map(np.asarray, run(start))
         below = np.flatnonzero(loss <= 0.05)
         time = below[0] if len(below) else np.inf
-        return {"loss": loss, "theta": theta, "time": np.float64(time)}
+        return {"loss": loss, "theta": theta, "time": np.asarray(time, float)}
 
     def _abrupt(self, fresh: Stage) -> tuple[Row, ...]:
         ic, window = fresh["context"], min(250 // self.every, fresh["context"].shape[1] - 1)
@@ -266,22 +266,17 @@ class AbruptICL(Paper):
 
     def _classes(self, out) -> tuple[Row, ...]:
         few, many, equal = (out[n] for n in ("few", "many", "equal"))
-        claim = self.claims[2]
-        rows = [
-            Row.of_seeds(claim, f"K = {k}: accuracy {where}", stage[split][:, -1], level, better)
-            for k, stage, split, where, level, better in (
-                (self.few, few, "weights", "from the weights", 0.98, ">="),
-                (self.few, few, "context", "in context", 0.1, "<="),
-                (self.many, many, "context", "in context", 0.9, ">="),
-                (self.many, many, "weights", "from the weights", 0.2, "<="),
-            )
-        ]
-        rows.append(
+        claim, k, more = self.claims[2], f"K = {self.few}", f"K = {self.many}"
+        by_heart, in_context = "accuracy from the weights", "accuracy in context"
+        return (
+            Row.of_seeds(claim, f"{k}: {by_heart}", few["weights"][:, -1], 0.98, ">="),
+            Row.of_seeds(claim, f"{k}: {in_context}", few["context"][:, -1], 0.1, "<="),
+            Row.of_seeds(claim, f"{more}: {in_context}", many["context"][:, -1], 0.9, ">="),
+            Row.of_seeds(claim, f"{more}: {by_heart}", many["weights"][:, -1], 0.2, "<="),
             Row.of_seeds(self.claims[3], f"L = N: accuracy in context at step {self.equal_steps}",
                          equal["context"][:, -1], 0.2, "<=", by="median",
-                         baseline=1 / self.pairs, note="two of three seeds; baseline: 1/N")
+                         baseline=1 / self.pairs, note="two of three seeds; baseline: 1/N"),
         )  # fmt: skip
-        return tuple(rows)
 
     def _head(self, out) -> tuple[Row, ...]:
         claim, k = self.claims[4], (self.grid[0], self.grid[-1])

@@ -167,7 +167,8 @@ class ICLLinearRegression(Paper):
 
         def loss(params, key):
             # Separate parameters and an elementwise optimizer: as if each were trained alone.
-            return sum(e.mean() for e in losses(params, task.sample(key, self.batch)).values())
+            found = losses(params, task.sample(key, self.batch))
+            return jnp.stack([e.mean() for e in found.values()]).sum()
 
         def measure(params, key):
             found = losses(params, task.sample(key, 16 * self.batch))
@@ -409,7 +410,8 @@ def draw(paper: ICLLinearRegression, main, rho, both) -> dict:
     losses = {f"output {o}": [both[f"{h} loss"][:, 0, o] - noise for h in "1234"] for o in (0, 1)}
     plots.bars(
         bars, [f"{h} heads" for h in "1234"],
-        {n: np.stack(v, -1) for n, v in losses.items()}, title="two outputs", ylabel="loss above the noise",
+        {n: np.stack(v, -1) for n, v in losses.items()}, title="two outputs",
+        ylabel="loss above the noise",
     )  # fmt: skip
     plots.heat(
         diagonal, np.diagonal(both["3 kq"][0], axis1=1, axis2=2)[:, :d],
