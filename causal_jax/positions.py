@@ -227,10 +227,13 @@ def turn(
     tables: tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]],
     spec: Rotary,
 ) -> Float[Array, "B T N H"]:
-    """Turn the heads of queries or keys by the angles of `rotation`; in fp32, back in x.dtype."""
+    """Turn the heads of queries or keys by the angles of `rotation`; in fp32 (or wider), back in
+    x.dtype.
+    """
     cos, sin = tables
     width = 2 * cos.shape[-1]
-    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+    turned, rest = x[..., :width], x[..., width:]
+    turned = turned.astype(jnp.promote_types(jnp.float32, x.dtype))
     if spec.interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]
     else:

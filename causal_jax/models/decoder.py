@@ -80,7 +80,8 @@ class Decoder(ModelSpec):
         logits_soft_cap: c in c tanh(logits / c), or None.
         context: longest sequence the model is meant for.
         dropout: rate on the embedding and on every branch, in training only.
-        dtype: of the computation; parameters are float32.
+        dtype: of the computation; parameters are float32. "float64", to tell rounding from error,
+            needs jax_enable_x64.
         remat: what the backward pass keeps of a layer: "none" (all), "dots", "full" (nothing).
         scan: stack equal layers and scan over them (compiles fast); False keeps every layer apart.
         lora: low-rank adapters on the linear maps of every block, or None.
@@ -109,7 +110,7 @@ class Decoder(ModelSpec):
     logits_soft_cap: float | None = None
     context: int = 2048
     dropout: float = 0.0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True
     lora: LoRA | None = None
@@ -219,6 +220,10 @@ class DecoderModel(nnx.Module):
     """The parameters of a `Decoder` and its forward passes."""
 
     def __init__(self, spec: Decoder, *, rngs: nnx.Rngs):
+        if spec.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+            raise InputError(
+                "dtype='float64' needs jax_enable_x64 (or `with jax.enable_x64(True)`)"
+            )
         if spec.vocab < 1:
             raise ValueError(f"vocab must be set before a model is built, got {spec.vocab}")
         self.spec = spec
@@ -296,9 +301,10 @@ class DecoderModel(nnx.Module):
         return tap("final", self.norm(x))
 
     def unembed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in float32, soft-capped where the spec says so."""
+        """Logits in float32 (or wider), soft-capped where the spec says so."""
         table = self.embed.table[...].T if self.head is None else self.head.kernel[...]
-        logits = matmul(h, table.astype(h.dtype), preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(jnp.float32, h.dtype)
+        logits = matmul(h, table.astype(h.dtype), preferred_element_type=wide)
         cap = self.spec.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, computed in float32 and returned in the input's dtype."""
+"""Normalisation over the last axis, in float32 (or wider), returned in the input's dtype."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        h = x.astype(jnp.float32)
+        h = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.eps)
         return (h * _wide(self.scale[...], h)).astype(x.dtype)
 
@@ -33,7 +33,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        h = x.astype(jnp.float32)
+        h = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         h = h - jnp.mean(h, axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis=-1, keepdims=True) + self.eps)
         return (h * _wide(self.scale[...], h) + _wide(self.bias[...], h)).astype(x.dtype)
@@ -45,4 +45,4 @@ def make_norm(kind: NormName, width: int, eps: float) -> RMSNorm | LayerNorm:
 
 
 def _wide(vector: Array, like: Array) -> Array:
-    return jnp.expand_dims(vector.astype(jnp.float32), range(like.ndim - 1))
+    return jnp.expand_dims(vector.astype(like.dtype), range(like.ndim - 1))
