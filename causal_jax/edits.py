@@ -10,6 +10,7 @@ one compiled program. Used through `causal_jax.taps`, whose docstring has the ca
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,23 @@ import numpy as np
 from jax import lax
 
 from causal_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferrable:
+    """A function for `apply` with a second form, for sites that need not become arrays.
+
+    Attributes:
+        now: x, *args -> x, as any function of `apply`.
+        later: value, on, shape, *args -> value, where `value` stands for an array of that shape and
+            the edit counts where `on` holds.
+    """
+
+    now: Callable
+    later: Callable
+
+    def __call__(self, x, *args):
+        return self.now(x, *args)
 
 
 @functools.partial(

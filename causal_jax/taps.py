@@ -54,7 +54,7 @@ import numpy as np
 from jax import lax
 
 from causal_jax import loops
-from causal_jax.edits import Edit, Site, edited, is_bool, selected, site
+from causal_jax.edits import Deferrable, Edit, Site, edited, is_bool, selected, site
 from causal_jax.errors import InputError
 
 __all__ = ["OFF", "Edit", "Site", "Tap", "grad_sites", "run", "site", "sites"]
@@ -121,6 +121,21 @@ class Tap:
         return any(fnmatchcase(name, p) for p in self.capture) or any(
             self._on(e) is not False for e in changed
         )
+
+    def deferred(self, name: str) -> list | None:
+        """[(edit, on)] of a site that need not become an array, or None: then visit it.
+
+        For sites whose value has another form (a mask as a function of its indices): every edit
+        here is of a `Deferrable` function, and nothing reads the site.
+        """
+        name = self.prefix + name
+        here = [(n, e) for n, e in enumerate(self.edits) if fnmatchcase(name, e.site)]
+        plain = all(isinstance(e.op, Deferrable) and e.index is None for _, e in here)
+        if not plain or any(fnmatchcase(name, p) for p in self.capture):
+            return None
+        self._record(name, _Record())
+        gates = [(e, self._meet(n, e, name)) for n, e in here]
+        return [(e, on) for e, on in gates if on is not False]
 
     def scope(self, prefix: str) -> "Tap":
         """The tap of a sub-module, whose sites are called `prefix.name`."""
@@ -220,7 +235,8 @@ class Tap:
             on = this if on is True else on if this is True else on & this
         return on
 
-    def _apply(self, number: int, edit: Edit, name: str, x):
+    def _meet(self, number: int, edit: Edit, name: str):
+        """Does the edit act here: False, True or traced? Checked, and noted that it was met."""
         around = ", ".join(f"{axis} (0..{end - 1})" for axis, (_, end) in self.axes.items())
         if missing := [axis for axis in (*edit.per, *edit.when) if axis not in self.axes]:
             raise InputError(f"site {name!r} is in no loop over {missing[0]!r}; loops: {around}")
@@ -231,7 +247,10 @@ class Tap:
         for axis, (_, end) in self.axes.items():
             key = number, axis
             self.log.reached[key] = max(end, self.log.reached.get(key, 0))
-        on = self._on(edit)
+        return self._on(edit)
+
+    def _apply(self, number: int, edit: Edit, name: str, x):
+        on = self._meet(number, edit, name)
         if on is False:
             return x
         if on is True:

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from causal_jax import masks
+from causal_jax.attention import dense_attention
 from causal_jax.errors import InputError
 from causal_jax.interp import (
     ablate_heads,
@@ -22,6 +25,7 @@ from causal_jax.interp import (
     subspace,
     sweep,
 )
+from causal_jax.models.decoder import Decoder
 from causal_jax.taps import run
 from tests.tiny_decoder import SITES, B, D, L, N, T, close, go, ids, model, two
 
@@ -287,3 +291,55 @@ def test_a_sweep_without_points_is_refused():
     for grids in ((), ([],), ((jnp.arange(2), jnp.arange(3)),)):
         with pytest.raises(InputError, match="grid"):
             sweep(last_logit, functools.partial(model(), ids(0)), patch_at, *grids)
+
+
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal() & masks.Window(90, None)])
+def test_mask_edits_reach_the_kernel_as_functions_of_the_index(mask):
+    """No [T, T] array, the same numbers and gradients as the dense reference."""
+    length = 300
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(x, (B, length, n, 8)) for x, n in zip(keys, (4, 2, 2)))
+    rows = np.zeros((B, length), bool)
+    rows[0, 100:200] = rows[1, 7] = True
+    edits = [
+        knock_out(head=[1, 3], query=slice(150, None), key=rows),
+        knock_out(head=0, key=-1, keep_self=False),
+        peek(layer=None, query=[4, 299], key=rows),
+    ]
+
+    def attend(q, k, v, edits, implementation):
+        def f(q, k, v, tap):
+            return dense_attention(
+                q, k, v, mask=mask, tap=tap.scope("attn"), implementation=implementation
+            )
+
+        return run(f, q, k, v, edits=edits)[0]
+
+    def value(q, k, v, edits, implementation):
+        return (attend(q, k, v, edits, implementation) ** 2).sum()
+
+    got, want = (
+        jax.jit(jax.value_and_grad(value, (0, 1, 2)), static_argnums=4)(q, k, v, edits, name)
+        for name in ("xla", "reference")
+    )
+    jax.tree.map(functools.partial(close, tol=2e-4), got, want)
+    program = jax.jit(attend, static_argnums=4).lower(q, k, v, edits, "xla").as_text()
+    assert "300x300" not in program
+
+
+def test_mask_edits_inside_layers_are_gated_in_the_kernel():
+    """A traced layer, 300 positions: only that layer's attention changes."""
+    spec = Decoder(vocab=31, layers=2, width=8, heads=2, context=300)
+    graph = nnx.split(nnx.eval_shape(lambda: spec.build(jax.random.key(0))))[0]
+
+    @jax.jit
+    def read(layer):
+        m = nnx.merge(graph, nnx.split(spec.build(jax.random.key(0)))[1])
+        edits = [knock_out(layer=layer, key=slice(0, 9)), knock_out(layer=[1], head=1)]
+        tokens = jnp.arange(300, dtype=jnp.int32)[None] % 31
+        return [run(m, tokens, edits=e, capture=["attn.z"])[1]["attn.z"] for e in ((), edits)]
+
+    for layer in (0, 1):
+        plain, cut = read(layer)
+        assert np.allclose(plain[0], cut[0], atol=1e-6) == (layer == 1)
+        assert not np.allclose(plain[1], cut[1], atol=1e-4)

@@ -94,8 +94,7 @@ def dense_attention(
         mask = mask & Prefix(kv_length)
     _check_mask(mask, B, N)
     if tap.wants("mask"):
-        dense = jnp.broadcast_to(mask.to_dense(T, S, q_offset=q_offset), (B, N, T, S))
-        mask, q_offset = DenseMask(tap("mask", dense)), 0
+        mask, q_offset = edited_mask(mask, tap, (B, N, T, S), q_offset)
     if tap.wants("bias"):
         full: Any = jnp.zeros((B, N, T, S), jnp.float32)
         bias = tap("bias", full if bias is None else full + bias)  # pyright: ignore
@@ -112,6 +111,23 @@ def dense_attention(
         )
     z: Any = tap("z", o)
     return z if lse is None or not return_lse else (z, lse)
+
+
+def edited_mask(
+    mask: Mask, tap: Tap, shape: tuple[int, int, int, int], q_offset: int | Int[Array, "B"]
+) -> tuple[Mask, int | Int[Array, "B"]]:
+    """The mask after the edits of site `mask`, and the offset that goes with it.
+
+    Edits that say by index what they forbid (`edits.Deferrable`) stay functions of the indices, so
+    that dead tiles are skipped as before; others are made on the whole array [B, N, T, S].
+    """
+    put_off = tap.deferred("mask") if isinstance(q_offset, int) and q_offset == 0 else None
+    if put_off is None:
+        dense = jnp.broadcast_to(mask.to_dense(*shape[2:], q_offset=q_offset), shape)
+        return DenseMask(tap("mask", dense)), 0
+    for edit, on in put_off:
+        mask = edit.op.later(mask, on, shape, *edit.args)
+    return mask, q_offset
 
 
 def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):

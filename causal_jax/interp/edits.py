@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from causal_jax.edits import Edit, site
+from causal_jax.edits import Deferrable, Edit, site
 from causal_jax.errors import InputError
 from causal_jax.interp.selection import Selection, check, hits, leaves, per_layer
+from causal_jax.masks import Mask, from_fn
 from causal_jax.shapes import Array, Float, Key
 
 OUTSIDE = ("embed", "final", "logits")  # sites that no layer has
@@ -311,18 +312,76 @@ def counterfactual_attention(
 # What the edits do: module-level functions, whose identity is part of the compile key.
 
 
-def _forbid(mask, head, query, key):
-    return _forbid_all(mask, head, query, key) | (_own(mask) & mask)
-
-
-def _forbid_all(mask, head, query, key):
+def _forbid_all_now(mask, head, query, key):
     cut = _pairs(mask, query, key) & hits("head", head, mask.shape[1])[:, :, None, None]
     return mask & ~cut
 
 
-def _peek(mask, query, key, sink):
+def _forbid_now(mask, head, query, key):
+    return _forbid_all_now(mask, head, query, key) | (_own(mask) & mask)
+
+
+def _peek_now(mask, query, key, sink):
     first = hits("sink", sink, mask.shape[3])[:, None, None, :]
     return mask & (_own(mask) | first | _pairs(mask, query, key))
+
+
+# The same by index, for kernels: the model's own mask still says which tiles are skipped.
+
+
+def _forbid_all_later(mask, on, shape, head, query, key):
+    tables = (
+        hits("head", head, shape[1]),
+        hits("query", query, shape[2]),
+        hits("key", key, shape[3]),
+    )
+    return _restricted(mask, _spares_all, on, shape, tables)
+
+
+def _forbid_later(mask, on, shape, head, query, key):
+    tables = (
+        hits("head", head, shape[1]),
+        hits("query", query, shape[2]),
+        hits("key", key, shape[3]),
+    )
+    return _restricted(mask, _spares, on, shape, tables)
+
+
+def _peek_later(mask, on, shape, query, key, sink):
+    tables = (
+        hits("query", query, shape[2]),
+        hits("key", key, shape[3]),
+        hits("sink", sink, shape[3]),
+    )
+    return _restricted(mask, _peeks, on, shape, tables)
+
+
+def _restricted(mask: Mask, allows, on, shape, tables) -> Mask:
+    batch = max(len(t) for t in tables)
+    rest = jnp.asarray(on), *tables
+    return mask & from_fn(allows, *rest, batch=batch, heads=shape[1], evaluate=False)
+
+
+def _spares_all(b, h, i, j, on, head, query, key):
+    return ~(on & _entry(head, b, h) & _entry(query, b, i) & _entry(key, b, j))
+
+
+def _spares(b, h, i, j, *rest):
+    return _spares_all(b, h, i, j, *rest) | (i == j)
+
+
+def _peeks(b, h, i, j, on, query, key, sink):
+    pair = _entry(query, b, i) & _entry(key, b, j)
+    return ~on | (i == j) | _entry(sink, b, j) | pair
+
+
+def _entry(table, b, i):
+    return table[0, i] if len(table) == 1 else table[b, i]
+
+
+_forbid = Deferrable(_forbid_now, _forbid_later)
+_forbid_all = Deferrable(_forbid_all_now, _forbid_all_later)
+_peek = Deferrable(_peek_now, _peek_later)
 
 
 def _open(mask, span):

@@ -43,6 +43,8 @@ class Mask:
     # Statuses that are found by looking at every entry are asked for last, on what others leave
     # undecided.
     _costly = False
+    # Every tile is PARTIAL, whatever the arrays hold: no list per head, nothing to compute.
+    _blind = False
 
     def _allow(self, b: Any, h: Any, i: Any, j: Any) -> Any:
         raise NotImplementedError
@@ -250,6 +252,10 @@ class _Combination(Mask):
     @property
     def _costly(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(p._costly for p in self.parts)
+
+    @property
+    def _blind(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(p._blind for p in self.parts)
 
     def _decide(self, t: Tiles, settled: int, combine: str) -> Any:
         """Combine the statuses of the parts; no further part can change the value `settled`."""

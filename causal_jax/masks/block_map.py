@@ -126,13 +126,14 @@ class BlockMap:
         mask = as_mask(mask)
         host = namespace(self.q_offset) is np and np.ndim(self.q_offset) == 0
         _ = check_grid(mask, self.T, self.S, int(self.q_offset) if host else 0)
-        batch = shared_size("batch of map and mask", (self.cnt.shape[0], mask.batch))
-        heads = shared_size("heads of map and mask", (self.cnt.shape[1], mask.heads))
+        sizes = (1, 1) if mask._blind else (mask.batch, mask.heads)
+        batch = shared_size("batch of map and mask", (self.cnt.shape[0], sizes[0]))
+        heads = shared_size("heads of map and mask", (self.cnt.shape[1], sizes[1]))
         if batch != self.cnt.shape[0] and np.shape(self.q_offset) not in ((), (1,), (batch,)):
             raise InputError(
                 f"batch {batch} of the mask: expected that of q_offset, {self.q_offset.shape[0]}"
             )
-        if mask.is_static and self.is_host and host:
+        if (mask.is_static or mask._blind) and self.is_host and host:
             return _refined(self, mask, batch, heads, max_blocks)
         return _refined_on_device(self, mask, batch, heads, max_blocks).check()
 

@@ -346,6 +346,10 @@ class FromFn(Mask):
         return self.status_fn is None and self.evaluate
 
     @property
+    def _blind(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.status_fn is None and not self.evaluate
+
+    @property
     def batch(self) -> int:
         return self.sizes[0]
 
