@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from causal_jax.attention import Dense
 from causal_jax.data.tasks import indirect_object
 from causal_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from causal_jax.errors import InputError
 from causal_jax.interp import subspaces
+from causal_jax.models.decoder import Decoder
+from causal_jax.papers import _subspace_lm as lm
 from causal_jax.papers.subspace_illusion import three_neurons
 
 M, D, B = 12, 5, 6
@@ -192,3 +195,55 @@ class Letters(Tokenizer):
             self.FIRST + names.index(w) if w in names else sum(map(ord, w)) % self.FIRST
             for w in words
         ]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A small untrained decoder, prompts of six tokens, and both sides of them."""
+    spec = Decoder(vocab=20, layers=3, width=16, heads=2, kv_heads=1, context=16)
+    model = spec.build(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    base, source = rng.integers(0, 20, (2, 8, 6)).astype(np.int32)
+    source[:, -1] = base[:, -1]
+    answers = rng.permuted(np.tile(np.arange(20), (8, 1)), axis=1)[:, :2].astype(np.int32)
+    pairs = indirect_object.Pairs(base, source, answers[:, 0], answers[:, 1])
+    return model, (lm.Side(model, base), lm.Side(model, source)), pairs
+
+
+def test_the_rest_of_a_model_is_the_model(decoder):
+    model, (base, _), pairs = decoder
+    np.testing.assert_allclose(base.logits, model(jnp.asarray(pairs.base))[:, -1], atol=1e-4)
+    for layer in (0, 1):
+        after, params = lm.rest(model, layer)
+        x = base.acts["resid_post"][layer][:, 0]
+        out = jax.jit(after)(params, x, lm.later(base.cache, layer))
+        np.testing.assert_allclose(out, base.logits, atol=1e-4)
+    mixed = Decoder(
+        vocab=20, layers=2, width=16, heads=2, attention=(Dense(), Dense(window=2)), context=16
+    )
+    with pytest.raises(InputError, match="layers are all alike"):
+        lm.rest(mixed.build(jax.random.key(0)), 0)
+
+
+def test_the_map_over_layers(decoder):
+    model, (base, source), pairs = decoder
+    effects = lm.layer_map(model, base, source, pairs)
+    assert {k: v.shape for k, v in effects.items()} == {"resid_post": (3,), "mlp_act": (3,)}
+    clean, other = (lm.difference(side.logits, pairs) for side in (base, source))
+    # after the last layer the whole residual stream is the output
+    np.testing.assert_allclose(effects["resid_post"][-1], subspaces.fldd(clean, other), rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", lm.SITES)
+def test_a_direction_in_a_decoder_is_found_and_audited(decoder, where):
+    model, sides, pairs = decoder
+    options = {"where": where, "seed": 0, "steps": 30, "lr": 0.1, "batch": 4}
+    found = lm.find(model, 1, sides, pairs, sides, pairs, **options)
+    width = {"mlp_act": model.spec.hidden_width, "resid_post": 16}[where]
+    assert found["v"].shape == (width, 1)
+    assert np.mean(found["losses"][-5:]) < np.mean(found["losses"][:5])
+    effects = dict(zip(lm.PARTS, found["effects"], strict=True))
+    assert abs(effects["null"]) < 0.1
+    if where == "mlp_act":  # what the edit of the model itself does, for the whole activation
+        whole = lm.layer_map(model, *sides, pairs)["mlp_act"][1]
+        assert effects["full"] == pytest.approx(whole, rel=1e-2, abs=1e-2)

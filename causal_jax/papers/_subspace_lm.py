@@ -17,6 +17,7 @@ from flax import nnx
 
 from causal_jax import masks, plots
 from causal_jax.data.tasks.indirect_object import Pairs
+from causal_jax.errors import InputError
 from causal_jax.interp import subspaces
 from causal_jax.models.decoder import Cache, DecoderModel
 from causal_jax.nn.stack import segments_of
@@ -45,8 +46,7 @@ class Side:
         @jax.jit
         def step(params, cache, last):
             model = nnx.merge(graph, params)
-            wanted = [*SITES, "resid_mid"]
-            (logits, _), acts = run(model.extend, last, cache, capture=wanted)
+            (logits, _), acts = run(model.extend, last, cache, capture=SITES)
             return logits[:, -1], acts
 
         self.cache, self.last = prefill(params, tokens[:, :-1]), jnp.asarray(tokens[:, -1:])
@@ -67,7 +67,7 @@ def layer_map(model: DecoderModel, base: Side, source: Side, pairs: Pairs) -> di
         logits = patched(name, params, base.cache, source.acts[name][layer], jnp.int32(layer))
         return subspaces.fldd(difference(base.logits, pairs), difference(logits, pairs))
 
-    layers = range(len(base.acts["resid_mid"]))
+    layers = range(len(base.acts["mlp_act"]))
     return {name: np.array([effect(name, layer) for layer in layers]) for name in SITES}
 
 
@@ -83,8 +83,15 @@ def rest(model: DecoderModel, layer: int) -> tuple[Callable, Any]:
     Returns:
         (parameters, resid_post of the layer [B, D] at the next position, `later` cache) -> logits
         [B, V], and the parameters.
+
+    Raises:
+        InputError: the layers differ, or norms stand behind them.
     """
     segment, blocks = model.stack.segments[0], model.stack.blocks[0]
+    if len(model.stack.segments) > 1 or len(blocks) > 1 or blocks[0].mlp_post is not None:
+        raise InputError(
+            "model: expected one whose layers are all alike, without norms behind them"
+        )
     block, stacked = nnx.split(blocks[0])
     part = nnx.merge(*nnx.split(model))
     part.stack.segments = segments_of(segment.specs * (segment.repeats - layer - 1))
@@ -132,13 +139,14 @@ def find(
         return {
             "base": base.acts[where][layer][:, 0],
             "source": source.acts[where][layer][:, 0],
-            "middle": base.acts["resid_mid"][layer][:, 0],
+            "post": base.acts["resid_post"][layer][:, 0],
             "cache": later(base.cache, layer),
             "other": jnp.asarray(pairs.other),
         }
 
     def output(params, down, data, x):
-        x = data["middle"] + x @ down if where == "mlp_act" else x
+        if where == "mlp_act":  # the layer's output is linear in it
+            x = data["post"] + (x - data["base"]) @ down
         return after(params, x, data["cache"])
 
     @jax.jit

@@ -8,6 +8,7 @@ split into row space and null space, the patch of the whole component and the sp
 activations tell such a direction from an honest one; a random control does not.
 
     python -m causal_jax.reproduce subspace_illusion          two CPU cores, about 4 minutes
+    python -m causal_jax.reproduce subspace_illusion --full --set model=openai-community/gpt2
 
 Here: the three-neuron example, exactly; and small nets with a feed-forward layer beside a residual
 stream that carries the class. In the dormant nets the class loss sees feed-forward outputs of other
@@ -90,6 +91,10 @@ class SubspaceIllusion(Paper):
     def __post_init__(self):
         super().__post_init__()
         self.need(self.lm_batch <= self.prompts, "lm_batch", f"at most prompts = {self.prompts}")
+
+    @classmethod
+    def full(cls) -> "SubspaceIllusion":
+        return cls(prompts=512, lm_batch=64, lm_steps=400)
 
     @classmethod
     def smoke(cls) -> "SubspaceIllusion":
