@@ -126,7 +126,8 @@ def notes(record: Record) -> list[str]:
             seeds = ", ".join(map(str, r["failed"]))
             found.append(f"{r['claim']}: seeds that miss the threshold: {seeds}")
     found += [f"not measured yet: {m}" for m in record["missing"]]
-    run = f"{record['seconds']:.0f} s on {env['device']}, {env['time'][:10]}"
+    busy = f" at load {env['load']}" if env["load"] is not None else ""
+    run = f"{record['seconds']:.0f} s on {env['cores']} x {env['device']}{busy}, {env['time'][:10]}"
     return [*found, f"{run}, jax {env['jax']}, commit {env['commit']}"]
 
 
