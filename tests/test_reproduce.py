@@ -145,6 +145,8 @@ def test_an_interrupted_run_continues(run, tmp_path, monkeypatch):
     whole = evidence(tmp_path)
     assert run("coin", "--fresh")[0] == 0
     assert evidence(tmp_path)["rows"] == whole["rows"]
+    assert whole["seconds"] >= 0
+    assert whole["cpu_seconds"] >= 0
 
 
 def test_a_finished_run_is_shown_and_not_repeated(run):

@@ -148,7 +148,8 @@ def _all(args: argparse.Namespace) -> int:
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         codes = dict(pool.map(run, papers.names()))
     print("\n" + catalogue.summary(args.runs, codes, "-full" if args.full else ""))
-    return next((code for code in (1, 2, 3) if code in codes.values()), max(codes.values()))
+    worst = (code if code in (0, 2, 3) else 1 for code in codes.values())
+    return min(worst, key=(1, 2, 3, 0).index)
 
 
 __all__ = ["Record", "RunFolder", "main"]

@@ -126,8 +126,9 @@ def notes(record: Record) -> list[str]:
             seeds = ", ".join(map(str, r["failed"]))
             found.append(f"{r['claim']}: seeds that miss the threshold: {seeds}")
     found += [f"not measured yet: {m}" for m in record["missing"]]
-    busy = f" at load {env['load']}" if env["load"] is not None else ""
-    run = f"{record['seconds']:.0f} s on {env['cores']} x {env['device']}{busy}, {env['time'][:10]}"
+    work = f"{record['cpu_seconds']:.0f} s of CPU time, " if "cpu_seconds" in record else ""
+    run = f"{record['seconds']:.0f} s ({work}load {env['load']}) on {env['cores']} x "
+    run += f"{env['device']}, {env['time'][:10]}"
     return [*found, f"{run}, jax {env['jax']}, commit {env['commit']}"]
 
 

@@ -44,9 +44,9 @@ class RunFolder(Report):
     def __init__(self, out: Path, name: str):
         super().__init__()
         self.out, self.name = Path(out), name
-        self._begun = time.perf_counter()
+        self._begun = _clocks()
         self._mark: tuple[float, float] | None = None  # (time, fraction) the ETA counts from
-        self._reused = 0.0  # seconds that the stages found here once took
+        self._reused = np.zeros(2)  # seconds that the stages found here once took, both clocks
         self._said = -math.inf
 
     @contextlib.contextmanager
@@ -98,6 +98,7 @@ class RunFolder(Report):
             }
             for r in evidence.rows
         ]
+        seconds, cpu = _clocks() - self._begun + self._reused
         record = {
             "name": self.name,
             "title": settings.title,
@@ -107,7 +108,8 @@ class RunFolder(Report):
             "rows": rows,
             "plots": evidence.plots,
             "figures": evidence.figures,
-            "seconds": round(time.perf_counter() - self._begun + self._reused, 1),
+            "seconds": round(float(seconds), 1),
+            "cpu_seconds": round(float(cpu), 1),  # of all cores; a busy machine changes it little
             "settings": to_json(settings),
             "env": environment(),
         }
@@ -123,7 +125,7 @@ class RunFolder(Report):
         self._said = now
         since, done = now - self._mark[0], fraction - self._mark[1]
         left = f", about {_time(since * (1 - fraction) / done)} left" if done > 0 else ""
-        self.log(f"[{100 * fraction:3.0f} %] {text} ({_time(now - self._begun)}{left})")
+        self.log(f"[{100 * fraction:3.0f} %] {text} ({_time(now - self._begun[0])}{left})")
 
     def log(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -140,16 +142,15 @@ class RunFolder(Report):
         path = self.out / "stages" / f"{name}.npz"
         found = _read_stage(path)
         if found is None:
-            begun = time.perf_counter()
+            begun = _clocks()
             found = {k: np.asarray(v) for k, v in compute().items()}
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(".part")
             with part.open("wb") as f:
-                seconds = np.asarray(time.perf_counter() - begun)
-                np.savez(f, allow_pickle=False, **found, _seconds=seconds)
+                np.savez(f, allow_pickle=False, **found, _seconds=_clocks() - begun)
             part.replace(path)
         else:
-            self._reused += float(found.pop("_seconds"))
+            self._reused = self._reused + found.pop("_seconds")
             self._mark = None  # what is found here costs no time: the estimate begins anew
             self.log(f"{name}: found finished in {path.parent}")
         self._stages[name] = found
@@ -227,6 +228,11 @@ def _write(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)
+
+
+def _clocks() -> np.ndarray:
+    """Seconds on the wall, and of work by all cores together."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def _time(seconds: float) -> str:
