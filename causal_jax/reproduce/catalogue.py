@@ -179,10 +179,10 @@ def summary(runs: Path, codes: Mapping[str, int], suffix: str) -> str:
 
 
 def readme_table() -> str:
-    """The catalogue in Markdown, from the entries and the evidence the checkout keeps."""
+    """The catalogue in Markdown, what is built first; figures are those the checkout keeps."""
     lines = ["| name | paper | the claim | state | figures |", "|---|---|---|---|---|"]
     short = {s.name: s.claim for s in SYSTEMS}
-    for e in entries():
+    for e in sorted(entries(), key=lambda e: e.state == "not yet"):
         record = last(e.name, None)
         link = f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
         claim = short.get(e.name, e.claims[0])
