@@ -9,10 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from causal_jax.interp.counterfactuals import counterfactual, counterfactual_attention
     from causal_jax.interp.edits import (
         ablate_heads,
-        counterfactual,
-        counterfactual_attention,
         knock_out,
         noise,
         patch,
@@ -50,8 +49,8 @@ _HOME = {
     "ablate_heads": "edits",
     "attribution": "scores",
     "cama": "means",
-    "counterfactual": "edits",
-    "counterfactual_attention": "edits",
+    "counterfactual": "counterfactuals",
+    "counterfactual_attention": "counterfactuals",
     "heat_map": "plots",
     "in_chunk": "tokens",
     "knock_out": "edits",

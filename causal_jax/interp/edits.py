@@ -237,78 +237,6 @@ def noise(
     return [_at(site, layer, when).apply(_noise, *args)]
 
 
-def counterfactual(
-    kind: str,
-    key: Key[Array, ""] | None = None,
-    *,
-    layer: Layer = None,
-    head: Selection = None,
-    query: Selection = None,
-    **when: Any,
-) -> list[Edit]:
-    """Attention rows that carry no information; see `counterfactual_attention`.
-
-    "uniform" sets the query to 0, which every kernel can do; the others rewrite the pattern, rows
-    still summing to 1. The visible keys are those with weight > 0. The same key gives every layer
-    the same draw.
-
-    Args:
-        kind: "uniform", "random", "shuffled" or "reversed".
-        key: for "random" and "shuffled".
-
-    Raises:
-        InputError: unknown kind, or one that draws and has no key.
-    """
-    if kind not in KINDS:
-        raise InputError(f"counterfactual kind={kind!r}: expected one of {', '.join(KINDS)}")
-    if (key is None) == (kind in ("random", "shuffled")):
-        use = "missing" if key is None else "without use"
-        raise InputError(f"counterfactual kind={kind!r}: key={use}")
-    sels = leaves("head", head), leaves("query", query)
-    if kind == "uniform":
-        return [_at("q", layer, when).apply(_replace, 0.0, *sels[::-1])]
-    return [_at("attn.pattern", layer, when).apply(KINDS[kind], *sels, key)]
-
-
-def counterfactual_attention(
-    pattern: Float[Array, "B N T S"],
-    visible: Any,
-    kind: str,
-    key: Key[Array, ""] | None = None,
-) -> Float[Array, "B N T S"]:
-    """Attention rows over the same visible keys that do not depend on what the model attends to.
-
-        uniform   1 / n        random   U / sum U, U ~ U(0, 1)
-        shuffled  the row's weights in random order
-        reversed  (max - A) / sum(max - A); a row of equal weights stays as it is
-
-    CausalMM's (arXiv 2410.04780), with rows normalised over the visible keys, which its code does
-    not do.
-
-    Args:
-        pattern: rows sum to 1 over the visible keys.
-        visible: bool, broadcasts to the pattern.
-        kind: see above.
-        key: for the kinds that draw.
-    """
-    visible = jnp.broadcast_to(visible, pattern.shape)
-    if kind == "uniform":
-        new = jnp.ones_like(pattern)
-    elif kind == "random" and key is not None:
-        new = jax.random.uniform(key, pattern.shape, minval=1e-6)
-    elif kind == "reversed":
-        new = jnp.max(jnp.where(visible, pattern, 0), -1, keepdims=True) - pattern
-        level = jnp.sum(jnp.where(visible, new, 0), -1, keepdims=True) <= 1e-6
-        new = jnp.where(level, pattern, new)
-    elif kind == "shuffled" and key is not None:
-        return _shuffled(pattern, visible, key)
-    else:
-        raise InputError(f"kind={kind!r}, key={key}: expected one of {', '.join(KINDS)}")
-    new = jnp.where(visible, new, 0)
-    total = new.sum(-1, keepdims=True)
-    return new / jnp.where(total == 0, 1, total)
-
-
 # What the edits do: module-level functions, whose identity is part of the compile key.
 
 
@@ -424,29 +352,6 @@ def _add(x, vector, scale, position, head):
 def _noise(x, key, scale, position):
     drawn = scale * jax.random.normal(key, x.shape)
     return jnp.where(_chosen(x, position, None), x + drawn.astype(x.dtype), x)
-
-
-def _pattern_edit(kind):
-    def edit(pattern, head, query, key):
-        new = counterfactual_attention(pattern, pattern > 0, kind, key)
-        on = hits("head", head, pattern.shape[1])[:, :, None, None]
-        on = on & hits("query", query, pattern.shape[2])[:, None, :, None]
-        return jnp.where(on, new, pattern)
-
-    return edit
-
-
-KINDS = {kind: _pattern_edit(kind) for kind in ("uniform", "random", "shuffled", "reversed")}
-
-
-def _shuffled(pattern, visible, key):
-    """Rows permuted among their visible keys: rank of a random number <-> rank of the place."""
-    drawn = jnp.where(visible, jax.random.uniform(key, pattern.shape), jnp.inf)
-    order = jnp.argsort(drawn, axis=-1)  # visible keys first, in random order
-    place = jnp.argsort(~visible, axis=-1, stable=True)  # visible keys first, as they stand
-    moved = jnp.take_along_axis(pattern, order, axis=-1)
-    new = jnp.put_along_axis(jnp.zeros_like(pattern), place, moved, axis=-1, inplace=False)
-    return jnp.where(visible, new, 0)
 
 
 def _fitted(value, x):
