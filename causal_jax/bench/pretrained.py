@@ -10,7 +10,6 @@ prefill must agree, or nothing is timed.
 
 import argparse
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from flax import nnx
 from causal_jax.bench.options import pick, positive, words
 from causal_jax.bench.peers import need_torch, torch_device, torch_wait
 from causal_jax.bench.report import Record, Writer, add_ratios, case_table, mib, table
-from causal_jax.bench.timing import Candidate, jax_candidate, measure
+from causal_jax.bench.timing import Candidate, jax_candidate, measure, peak_rss
 from causal_jax.errors import InputError
 from causal_jax.generate import generate
 from causal_jax.models.pretrained import load, save
@@ -184,28 +183,21 @@ def _memory(
     for name, (job, words_) in jobs.items():
         with spawn.Pool(1) as pool:
             peak = pool.apply(job, words_)
-        records.append({"group": "pretrained", "case": "memory", "name": name, "peak_bytes": peak})
+        records.append({"group": "pretrained", "case": "memory", "name": name, "rss_bytes": peak})
     writer.add(records)
     print(f"\n{args.model}: peak resident memory, load and prefill of {length} tokens")
-    print(table(["", "peak MiB"], [[r["name"], mib(r["peak_bytes"])] for r in records]), flush=True)
+    print(table(["", "peak MiB"], [[r["name"], mib(r["rss_bytes"])] for r in records]), flush=True)
 
 
-def _load_and_read(source: str, dtype: str, length: int) -> int:
+def _load_and_read(source: str, dtype: str, length: int) -> int | None:
     model, _ = load(source, dtype=dtype, param_dtype=dtype)
     candidate = _prefill(model, np.zeros((1, length), np.int32))
     candidate.wait(candidate.call())
-    return _peak()
+    return peak_rss()
 
 
-def _load_and_read_torch(folder: str, attention: str, dtype: str, length: int) -> int:
+def _load_and_read_torch(folder: str, attention: str, dtype: str, length: int) -> int | None:
     model = _transformers(Path(folder), attention, dtype)
     candidate = _torch_prefill("", model, np.zeros((1, length), np.int32))
     candidate.wait(candidate.call())
-    return _peak()
-
-
-def _peak() -> int:
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_rss()

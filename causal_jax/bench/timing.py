@@ -192,6 +192,14 @@ def rss_of(candidate: Candidate) -> int | None:
     return None if before is None or peak is None else max(0, peak - before)
 
 
+def peak_rss() -> int | None:
+    """Bytes this process's resident memory has reached (Linux, else None).
+
+    Not `ru_maxrss`, which a new process inherits from the one that started it.
+    """
+    return _proc("/proc/self/status", "VmHWM")
+
+
 def _proc(path: str, field: str) -> int | None:
     try:
         for line in Path(path).read_text().splitlines():
