@@ -292,16 +292,18 @@ class AbruptICL(Paper):
         )  # fmt: skip
 
     def _logits(self, flow) -> tuple[Row, ...]:
-        equal, more = flow[8, 8]["time"], flow[8, 32]["time"]
+        equal, more = (float(flow[n]["time"]) for n in ((8, 8), (8, 32)))
+        ratio = equal / more if np.isfinite(more) else np.nan
         return (
             Row(self.claims[5], "steps to loss 0.05, (N, L) = (8, 8) / (8, 32)",
-                float(equal / more), 4.0, ">=", note=f"{equal:.0f} and {more:.0f} steps"),
+                ratio, 4.0, ">=", note=f"{equal:.0f} and {more:.0f} steps"),
         )  # fmt: skip
 
     def _dials(self, out) -> tuple[Row, ...]:
         at = lambda name, split: out[name][split][:, -1]  # noqa: E731
         most, middle = self.grid[-1], self.grid[len(self.grid) // 2]
         noisy, clean = (f"K={middle} eps={e}" for e in (self.noises[-1], self.noises[0]))
+        plain = at(f"K={most} B=1", "weights")
         claim, head = self.claims[6], "induction head of three numbers, one seed"
         return (
             Row.of_seeds(claim, f"K = {most}: accuracy in context, B = 1 - B = 0",
@@ -313,7 +315,7 @@ class AbruptICL(Paper):
             Row.of_seeds(self.claims[7], f"K = {self.many}, alpha = 1: accuracy in context",
                          at("zipf", "context"), 0.9, note=head),
             Row.of_seeds(self.claims[7], "its accuracy from the weights / that of alpha = 0",
-                         at("zipf", "weights") / at(f"K={most} B=1", "weights"), 2.0,
+                         at("zipf", "weights") / np.maximum(plain, 1 / self.tests), 2.0,
                          note=f"{head}; three other seeds gave 4 to 8"),
         )  # fmt: skip
 

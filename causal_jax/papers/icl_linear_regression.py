@@ -403,19 +403,20 @@ def draw(paper: ICLLinearRegression, main, rho, both) -> dict:
 
     two, axes = plots.panels(4, columns=4, width=3.2, height=2.8)
     for h in (0, 1):
-        plots.heat(axes[h], main["2 kq"][0, h], title=f"2 heads: KQ of head {h}")
-        plots.heat(axes[2 + h], rho["2 kq"][0, h], title=f"correlated inputs: KQ of head {h}")
+        plots.heat(axes[h], main["2 kq"][0, h, :, :d], title=f"2 heads: KQ of head {h}")
+        plots.heat(axes[2 + h], rho["2 kq"][0, h, :, :d], title=f"correlated x: KQ of head {h}")
 
     three, (bars, diagonal, reads) = plots.panels(3)
     losses = {f"output {o}": [both[f"{h} loss"][:, 0, o] - noise for h in "1234"] for o in (0, 1)}
     plots.bars(
-        bars, [f"{h} heads" for h in "1234"],
+        bars, ["1 head", "2 heads", "3 heads", "4 heads"],
         {n: np.stack(v, -1) for n, v in losses.items()}, title="two outputs",
         ylabel="loss above the noise",
     )  # fmt: skip
     plots.heat(
         diagonal, np.diagonal(both["3 kq"][0], axis1=1, axis2=2)[:, :d],
-        title="3 heads: diagonal of KQ", xlabel="coordinate of x", ylabel="head",
+        title="3 heads: diagonal of KQ", xlabel="coordinate of x", ylabel="head", yticks="012",
     )  # fmt: skip
-    plots.heat(reads, both["3 mu"][0], title="3 heads: mu", xlabel="output", ylabel="head")
+    plots.heat(reads, both["3 mu"][0], title="3 heads: mu", xlabel="output", ylabel="head",
+               xticks="01", yticks="012")  # fmt: skip
     return {"training": one, "circuits": two, "superposition": three}
