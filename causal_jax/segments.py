@@ -98,10 +98,10 @@ class DocLayout:
 
 def doc_layout(
     tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"],
-    prefix: Int[Array, "B"] | Sequence[int] | int,
+    prefix: Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int] | int,
     lengths: Int[Array, "B M"] | Int[np.ndarray, "B M"] | Sequence[int],
     *,
-    start: Int[Array, "B"] | Sequence[int] | int = 0,
+    start: Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int] | int = 0,
 ) -> DocLayout:
     """The layout of a batch of prompts.
 

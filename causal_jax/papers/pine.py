@@ -169,10 +169,10 @@ class PinePaper(Paper):
             span=span,
             text=f"judge of {count} documents",
         )
-        found = []
+        found, sample = [], jax.jit(lambda key: task.sample(key, self.items))
         for seed in range(self.seeds):
             model = nnx.merge(graph, jax.tree.map(lambda x, s=seed: x[s], params))
-            documents, best = task.sample(jax.random.key(1000 + seed), self.items)
+            documents, best = sample(jax.random.key(1000 + seed))
             found.append(ask_judge(model, task, documents, best))
         return {k: np.stack([f[k] for f in found]) for k in found[0]}
 
@@ -391,9 +391,9 @@ def _plots(report: Report, model: str, judge: dict, answers: dict[str, dict]) ->
     figure, axes = plots.panels(2, title="judge: the same weights, read in eight ways")
     shown = ("plain", "PINE", "mask only", "reversed")
     lines = {n: found[n]["by place"] for n in shown}
-    where = {"xlabel": "place of the right document", "ylabel": "accuracy"}
-    plots.curves(axes[0], [p + 1 for p in places], lines, title="by place", **where)
-    axes[0].set_xticks([p + 1 for p in places])
+    x, where = [p + 1 for p in places], "place of the right document"
+    plots.curves(axes[0], x, lines, title="by place", xlabel=where, ylabel="accuracy")
+    axes[0].set_xticks(x)
     dependent = {"depends on the order": np.array([f["order-dependent"] for f in found.values()]).T}
     every = {"accuracy, all orders": np.array([f["all orders"] for f in found.values()]).T}
     plots.bars(axes[1], READINGS, dependent | every, title="items", ylabel="share")
@@ -407,7 +407,7 @@ def _plots(report: Report, model: str, judge: dict, answers: dict[str, dict]) ->
             panels, ("by place", "log p by place"), ("accuracy", "log p of the right answer")
         ):
             lines = {name: f[key] for name, f in of.items()}
-            plots.curves(ax, x, lines, title=kind, xlabel=where["xlabel"], ylabel=ylabel)
+            plots.curves(ax, x, lines, title=kind, xlabel=where, ylabel=ylabel)
             ax.set_xticks(x)
         chosen = {n: of[n]["places chosen"] / np.sum(of[n]["places chosen"]) for n in shown[:2]}
         plots.bars(panels[2], [str(i) for i in x], chosen, title=kind, ylabel="share of choices")
