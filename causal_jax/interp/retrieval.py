@@ -2,8 +2,8 @@
 
     reading = read(model, tokens, start, room=32)                   # the prompts, once
     answers = answer(model, reading, steps=32)                      # greedy; where each head looked
-    hits = copy_hits(answers.top, answers.tokens, tokens, span)
-    score = retrieval_score(hits, answers.top, span).mean(1)        # [L, N]
+    hits = copy_hits(answers.seen, answers.tokens, tokens, span)
+    score = retrieval_score(hits, answers.seen, span).mean(1)       # [L, N]
     broken = answer(model, reading, steps=32, edits=ablate_heads(head_mask(best, L, N), "uniform"))
 
 A head copies the token it helps to write: the row of attention that counts is that of the query
@@ -12,7 +12,8 @@ while decoding only, where a row costs S weights; the prompt itself is read by t
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,12 @@ class Answers:
 
     Attributes:
         tokens: [S, B] ids; -1 behind the end of a row.
-        top: [S, L, B, N] the key each head attends to most while predicting that token.
+        seen: [S, L, ...] what `see` made of each layer's row of attention, that of the query which
+            predicts the token: for `peaks` [S, L, B, N], the key each head attends to most.
     """
 
     tokens: Int[Array, "S B"]
-    top: Int[Array, "S L B N"]
+    seen: Any
 
 
 def read(
@@ -80,22 +82,21 @@ def answer(
     steps: int,
     stop_tokens: tuple[int, ...] = (),
     edits: Any = (),
+    see: Callable | None = None,
 ) -> Answers:
-    """Greedy answers and the peak of every head's attention on the way.
+    """Greedy answers and what every head attends to on the way.
 
     Args:
         steps: tokens of an answer at most.
         stop_tokens: ids that end a row; they are not part of it.
         edits: made while decoding only: the prompt stays as the full model read it.
-
-    Returns:
-        `Answers`; memory of S L B N integers.
+        see: attention row [B, N, S] over prompt and answer -> what to keep of it; None: `peaks`.
     """
-    B = reading.last.shape[0]
+    B, keep = reading.last.shape[0], peaks if see is None else see
 
     def step(carry, _):
         token, cache, done = carry
-        capture = {"attn.pattern": _peak_of_last_row}
+        capture = {"attn.pattern": lambda pattern: keep(pattern[:, :, -1])}
         (logits, cache), acts = run(model.extend, token, cache, edits=edits, capture=capture)
         new = logits[:, -1].argmax(-1).astype(jnp.int32)
         done = done | (jnp.isin(new, jnp.array(stop_tokens, jnp.int32)) if stop_tokens else False)
@@ -103,8 +104,13 @@ def answer(
         return (jnp.where(done, token[:, 0], new)[:, None], cache, done), out
 
     carry = reading.last, reading.cache, jnp.zeros(B, bool)
-    _, (tokens, top) = jax.lax.scan(step, carry, length=steps)
-    return Answers(tokens, top)
+    _, (tokens, seen) = jax.lax.scan(step, carry, length=steps)
+    return Answers(tokens, seen)
+
+
+def peaks(row: Float[Array, "B N S"]) -> Int[Array, "B N"]:
+    """The key with the largest weight."""
+    return row.argmax(-1).astype(jnp.int32)
 
 
 def copy_hits(
@@ -133,7 +139,7 @@ def retrieval_score(
     hits: Bool[Array, "S L B N"],
     top: Int[Array, "S L B N"],
     span: Int[Array, "B 2"],
-    mode: Literal["set", "events"] = "set",
+    mode: str = "set",
 ) -> Float[Array, "L B N"]:
     """How much of the passage each head copied, prompt by prompt.
 
@@ -220,7 +226,3 @@ def head_mask(heads: list[tuple[int, int]], L: int, N: int) -> Bool[np.ndarray, 
             raise InputError(f"head ({layer}, {head}): there are {L} layers of {N} heads")
         mask[layer, head] = True
     return mask
-
-
-def _peak_of_last_row(pattern):
-    return pattern[:, :, -1].argmax(-1).astype(jnp.int32)

@@ -173,11 +173,11 @@ class _Subject:
             batch = pad([p.ids for p in group])
             said = self.answer(self.read(batch.tokens, batch.start), self.nobody)
             span = jnp.array([p.span for p in group]) + batch.start[:, None]
-            hits = retrieval.copy_hits(said.top, said.tokens, batch.tokens, span)
+            hits = retrieval.copy_hits(said.seen, said.tokens, batch.tokens, span)
             found.append(
                 {
-                    "set": retrieval.retrieval_score(hits, said.top, span),
-                    "events": retrieval.retrieval_score(hits, said.top, span, "events"),
+                    "set": retrieval.retrieval_score(hits, said.seen, span),
+                    "events": retrieval.retrieval_score(hits, said.seen, span, "events"),
                     "active": hits.any(0),
                     "recall": self._recalls(group, said)[None, :, None],
                 }
