@@ -18,6 +18,7 @@ from causal_jax.models.pretrained._checkpoint import Checkpoint, build
 from causal_jax.models.pretrained._safetensors import safetensors_checkpoint
 from causal_jax.models.pretrained._views import View
 from causal_jax.paths import named_leaves
+from causal_jax.training.sharding import MeshSpec, make_mesh, state_shardings
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,22 @@ def test_sharded_parameters_equal_whole_ones(folder):
     same(sharded, params(load(folder)[0]))
     up = named_leaves(sharded)["stack/blocks/0/0/mlp/up/kernel"]
     assert {s.data.shape for s in up.addressable_shards} == {(3, 32 // 2, 48 // 4)}
+
+
+def test_training_rules_place_the_parameters(folder):
+    mesh = make_mesh(MeshSpec(fsdp=4, tensor=2))
+    heads = {"q": 4, "k": 2, "v": 2}
+
+    def place(name, leaf):
+        return state_shardings(mesh, {name: leaf}, heads=heads)[0][name]
+
+    placed = params(load(folder, place=place)[0])
+    same(placed, params(load(folder)[0]))
+    wanted, _ = state_shardings(mesh, placed, heads=heads)
+    for leaf, sharding in zip(jax.tree.leaves(placed), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == sharding
+    up = named_leaves(placed)["stack/blocks/0/0/mlp/up/kernel"]
+    assert {s.data.shape for s in up.addressable_shards} == {(3, 32 // 4, 48 // 2)}
 
 
 def test_a_device_reads_its_own_block_only(folder):

