@@ -225,7 +225,7 @@ def _checked(name, part, axis, shape):
     return part
 
 
-def _like(value, x):
+def like(value, x):
     """On explicit meshes the edited value gets the activation's sharding, not its payload's."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.explicit_axes and jax.typeof(value).sharding != sharding:
@@ -252,7 +252,7 @@ def _whole(edit: Edit, name, x):
         return _applied(edit, name, x)
     value = _payload(name, edit.args[0], x)
     try:
-        value = _like(jnp.broadcast_to(value, x.shape), x)
+        value = like(jnp.broadcast_to(value, x.shape), x)
     except ValueError as e:
         raise InputError(
             f"site {name!r} is {list(x.shape)}: a value of {list(value.shape)} does not fit"
@@ -288,4 +288,4 @@ def edited(edit: Edit, name: str, x) -> Any:
             f"site {name!r} is {x.dtype}{list(x.shape)}; the edit made it "
             f"{jnp.result_type(new)}{list(jnp.shape(new))}"
         )
-    return _like(new, x)
+    return like(new, x)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from causal_jax import masks
 from causal_jax.attention import dense_attention
@@ -343,3 +345,29 @@ def test_mask_edits_inside_layers_are_gated_in_the_kernel():
         plain, cut = read(layer)
         assert np.allclose(plain[0], cut[0], atol=1e-6) == (layer == 1)
         assert not np.allclose(plain[1], cut[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_edits_keep_the_activation_s_sharding(kind):
+    """A batch spread over devices stays so, and the numbers are those of one device."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    x = jax.random.normal(jax.random.key(0), (4, T, D))
+    clean = jax.random.normal(jax.random.key(1), (2, 4, T, D))
+    rows = np.arange(4 * T).reshape(4, T) % 3 == 0
+
+    def layers(x, *, tap):
+        return tap.loop(lambda x, _, tap: (tap("resid_post", x), None), x, None, length=2)[0]
+
+    edits = [
+        patch(clean, layer=0, position=rows),
+        patch(clean, position=2),
+        subspace(clean, jnp.ones(D), layer=1),
+        steer(jnp.arange(16.0), layer=1, position=-1),
+        noise(jax.random.key(2), 0.1, site="resid_post", layer=1, position=slice(0, 3)),
+    ]
+    f = jax.jit(lambda x, e: run(layers, x, edits=e)[0])
+    want = f(x, edits)
+    with jax.set_mesh(mesh):
+        got = f(jax.device_put(x, NamedSharding(mesh, P("data"))), edits)
+    close(got, want)
+    assert got.sharding.spec[0] == "data"

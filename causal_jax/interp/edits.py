@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from causal_jax.edits import Deferrable, Edit, site
+from causal_jax.edits import Deferrable, Edit, like, site
 from causal_jax.errors import InputError
 from causal_jax.interp.selection import Selection, check, hits, leaves, per_layer
 from causal_jax.masks import Mask, from_fn
@@ -331,27 +331,34 @@ def _own(mask):
 
 
 def _replace(x, new, position, head):
-    new = _fitted(new, x)
-    return jnp.where(_chosen(x, position, head), new.astype(x.dtype), x)
+    return _put(x, _fitted(new, x), position, head)
 
 
 def _subspace(x, source, position, head, v):
     wide = jnp.promote_types(jnp.float32, x.dtype)
     if v.shape[0] != x.shape[-1]:
         raise InputError(f"a basis of shape {list(v.shape)} does not fit")
-    gap = _fitted(source, x).astype(wide) - x.astype(wide)
+    source = like(jnp.broadcast_to(_fitted(source, x), x.shape), x)
+    gap = source.astype(wide) - x.astype(wide)
     new = x.astype(wide) + (gap @ v.astype(wide)) @ v.astype(wide).T
-    return jnp.where(_chosen(x, position, head), new.astype(x.dtype), x)
+    return _put(x, new, position, head)
 
 
 def _add(x, vector, scale, position, head):
-    step = _fitted(scale * vector, x).astype(x.dtype)
-    return jnp.where(_chosen(x, position, head), x + step, x)
+    step = jnp.broadcast_to(_fitted(scale * vector, x).astype(x.dtype), x.shape)
+    return _put(x, x + like(step, x), position, head)
 
 
 def _noise(x, key, scale, position):
-    drawn = scale * jax.random.normal(key, x.shape)
-    return jnp.where(_chosen(x, position, None), x + drawn.astype(x.dtype), x)
+    drawn = like(scale * jax.random.normal(key, x.shape), x)
+    return _put(x, x + drawn.astype(x.dtype), position, None)
+
+
+def _put(x, new, position, head):
+    """new where chosen, x elsewhere; on explicit meshes both take x's sharding."""
+    on = jnp.broadcast_to(_chosen(x, position, head), x.shape)
+    new = jnp.broadcast_to(new.astype(x.dtype), x.shape)
+    return jnp.where(like(on, x), like(new, x), x)
 
 
 def _fitted(value, x):
