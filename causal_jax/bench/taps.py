@@ -27,7 +27,8 @@ from causal_jax.bench import recipes
 from causal_jax.bench.report import Record, Writer, milliseconds, table
 from causal_jax.bench.timing import jax_candidate, measure
 from causal_jax.errors import InputError
-from causal_jax.interp.edits import knock_out, patch, steer
+from causal_jax.interp.edges import knock_out
+from causal_jax.interp.edits import patch, steer
 from causal_jax.interp.sweeps import sweep
 from causal_jax.taps import run as run_tapped
 

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causal_jax.interp.counterfactuals import counterfactual, counterfactual_attention
+    from causal_jax.interp.edges import knock_out, peek, prefix
     from causal_jax.interp.edits import (
         ablate_heads,
-        knock_out,
         noise,
         patch,
         path_patch,
-        peek,
-        prefix,
         steer,
         subspace,
     )
@@ -53,7 +51,7 @@ _HOME = {
     "counterfactual_attention": "counterfactuals",
     "heat_map": "plots",
     "in_chunk": "tokens",
-    "knock_out": "edits",
+    "knock_out": "edges",
     "logit_difference": "scores",
     "logit_lens": "scores",
     "mean_table": "means",
@@ -61,8 +59,8 @@ _HOME = {
     "pad": "tokens",
     "patch": "edits",
     "path_patch": "edits",
-    "peek": "edits",
-    "prefix": "edits",
+    "peek": "edges",
+    "prefix": "edges",
     "steer": "edits",
     "subspace": "edits",
     "sweep": "sweeps",

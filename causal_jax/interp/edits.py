@@ -1,6 +1,6 @@
 """The catalogue: interventions of the literature as named functions that return Edits.
 
-    out, acts = run(model, tokens, edits=[knock_out(layer=3, head=0, key=5), steer(v, layer=8)])
+    out, acts = run(model, tokens, edits=[patch(clean, layer=3, position=5), steer(v, layer=8)])
 
 Every function returns a list, lists nest and apply in order. Common arguments:
 
@@ -11,9 +11,7 @@ Every function returns a list, lists nest and apply in order. Common arguments:
               padding or a cache translate them first (`interp.tokens`).
     **when    further loops, e.g. step=range(1, 50) while decoding.
 
-Mask edits keep what the model forbids forbidden, and leave every query its own key (the last one it
-may see): a row without keys would give 0, which no trained model has met. Edits of the pattern,
-after the softmax, are not renormalised unless said so.
+Edits of the attention mask are in `interp.edges`, those of the pattern in `interp.counterfactuals`.
 """
 
 import difflib
@@ -25,62 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from causal_jax.edits import Deferrable, Edit, like, site
+from causal_jax.edits import Edit, like, site
 from causal_jax.errors import InputError
-from causal_jax.interp.selection import Selection, check, hits, leaves, per_layer
-from causal_jax.masks import Mask, from_fn
+from causal_jax.interp.selection import (
+    Layer,
+    Selection,
+    at_layer,
+    check,
+    hits,
+    leaves,
+    per_layer,
+)
 from causal_jax.shapes import Array, Float, Key
 
 OUTSIDE = ("embed", "final", "logits")  # sites that no layer has
-Layer = Any  # None | int | several | traced int
 Acts = Mapping[str, Any]
-
-
-def knock_out(
-    *,
-    layer: Layer = None,
-    head: Selection = None,
-    query: Selection = None,
-    key: Selection = None,
-    keep_self: bool = True,
-    **when: Any,
-) -> list[Edit]:
-    """Cut attention edges: query may no longer see key, softmax over what remains.
-
-    `mask <- mask & ~(head, query, key chosen)`, or-ed with each query's own key. Suppressing a
-    sentence is `knock_out(key=slice(k0, k1))`, cutting a head's input `knock_out(head=h)`.
-
-    Args:
-        keep_self: leave every query its own key; False may empty a row, whose output is then 0.
-    """
-    fn = _forbid if keep_self else _forbid_all
-    args = leaves("head", head), leaves("query", query), leaves("key", key)
-    return [_at("attn.mask", layer, when).apply(fn, *args)]
-
-
-def peek(
-    *,
-    layer: Layer,
-    query: Selection = -1,
-    key: Selection = None,
-    sink: Selection = 0,
-    **when: Any,
-) -> list[Edit]:
-    """Attention-based peeking (AF1, arXiv 2509.09650): only `query` looks at `key`.
-
-    `mask <- mask & (own | sink | query & key)`. All other queries see themselves and the sink (the
-    first token). `query=()` is self-attention for everyone.
-    """
-    args = leaves("query", query), leaves("key", key), leaves("sink", sink)
-    return [_at("attn.mask", layer, when).apply(_peek, *args)]
-
-
-def prefix(span: Selection, *, layer: Layer = None, **when: Any) -> list[Edit]:
-    """Let all positions of `span` see each other, forwards too: a prefix-LM mask.
-
-    `mask <- mask | (query in span & key in span)`.
-    """
-    return [_at("attn.mask", layer, when).apply(_open, leaves("span", span))]
 
 
 def ablate_heads(
@@ -217,7 +174,7 @@ def steer(
 ) -> list[Edit]:
     """x <- x + scale * vector. `vector` [D] (or what broadcasts against [B, T, D])."""
     sels = leaves("position", position), leaves("head", head)
-    return [_at(site, layer, when).apply(_add, vector, scale, *sels)]
+    return [at_layer(site, layer, when).apply(_add, vector, scale, *sels)]
 
 
 def noise(
@@ -234,100 +191,10 @@ def noise(
     Same key, same noise: at all chosen layers too.
     """
     args = key, scale, leaves("position", position)
-    return [_at(site, layer, when).apply(_noise, *args)]
+    return [at_layer(site, layer, when).apply(_noise, *args)]
 
 
 # What the edits do: module-level functions, whose identity is part of the compile key.
-
-
-def _forbid_all_now(mask, head, query, key):
-    cut = _pairs(mask, query, key) & hits("head", head, mask.shape[1])[:, :, None, None]
-    return mask & ~cut
-
-
-def _forbid_now(mask, head, query, key):
-    return _forbid_all_now(mask, head, query, key) | (_own(mask) & mask)
-
-
-def _peek_now(mask, query, key, sink):
-    first = hits("sink", sink, mask.shape[3])[:, None, None, :]
-    return mask & (_own(mask) | first | _pairs(mask, query, key))
-
-
-# The same by index, for kernels: the model's own mask still says which tiles are skipped.
-
-
-def _forbid_all_later(mask, on, shape, head, query, key):
-    tables = (
-        hits("head", head, shape[1]),
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-    )
-    return _restricted(mask, _spares_all, on, shape, tables)
-
-
-def _forbid_later(mask, on, shape, head, query, key):
-    tables = (
-        hits("head", head, shape[1]),
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-    )
-    return _restricted(mask, _spares, on, shape, tables)
-
-
-def _peek_later(mask, on, shape, query, key, sink):
-    tables = (
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-        hits("sink", sink, shape[3]),
-    )
-    return _restricted(mask, _peeks, on, shape, tables)
-
-
-def _restricted(mask: Mask, allows, on, shape, tables) -> Mask:
-    batch = max(len(t) for t in tables)
-    rest = jnp.asarray(on), *tables
-    return mask & from_fn(allows, *rest, batch=batch, heads=shape[1], evaluate=False)
-
-
-def _spares_all(b, h, i, j, on, head, query, key):
-    return ~(on & _entry(head, b, h) & _entry(query, b, i) & _entry(key, b, j))
-
-
-def _spares(b, h, i, j, *rest):
-    return _spares_all(b, h, i, j, *rest) | (i == j)
-
-
-def _peeks(b, h, i, j, on, query, key, sink):
-    pair = _entry(query, b, i) & _entry(key, b, j)
-    return ~on | (i == j) | _entry(sink, b, j) | pair
-
-
-def _entry(table, b, i):
-    return table[0, i] if len(table) == 1 else table[b, i]
-
-
-_forbid = Deferrable(_forbid_now, _forbid_later)
-_forbid_all = Deferrable(_forbid_all_now, _forbid_all_later)
-_peek = Deferrable(_peek_now, _peek_later)
-
-
-def _open(mask, span):
-    return mask | _pairs(mask, span, span)
-
-
-def _pairs(mask, query, key):
-    q, k = hits("query", query, mask.shape[2]), hits("key", key, mask.shape[3])
-    return q[:, None, :, None] & k[:, None, None, :]
-
-
-def _own(mask):
-    """The key of the query itself: the diagonal, or, behind a cache, the last it may see."""
-    T, S = mask.shape[2:]
-    if T == S:
-        return jnp.eye(T, dtype=bool)[None, None]
-    last = S - 1 - jnp.argmax(mask[..., ::-1], axis=-1, keepdims=True)
-    return last == jnp.arange(S)[None, None, None]
 
 
 def _replace(x, new, position, head):
@@ -384,10 +251,6 @@ def _chosen(x, position, head):
 # How edits are put together.
 
 
-def _at(name: str, layer: Layer, when: Mapping[str, Any]):
-    return site(name, **when) if layer is None else site(name, layer=layer, **when)
-
-
 def _changed(name, fn, values, sels, layer, when, *args):
     """`fn(x, value of this layer, *selections, *args)` at the chosen layers."""
     # Edits may become arguments of a compiled program, where nothing can be checked any more.
@@ -401,10 +264,10 @@ def _changed(name, fn, values, sels, layer, when, *args):
         return [site(name, **when).apply(fn, values, *sels, *args)]
     if layer is not None and np.ndim(layer) == 0:
         value = _of_layer(values, layer, f"site {name!r}")
-        return [_at(name, layer, when).apply(fn, value, *sels, *args)]
+        return [at_layer(name, layer, when).apply(fn, value, *sels, *args)]
     L = len(values)
     rest = per_layer((*sels, *args), L)
-    return [_at(name, layer, when).apply(fn, values, *rest, per="layer")]
+    return [at_layer(name, layer, when).apply(fn, values, *rest, per="layer")]
 
 
 def _array(acts: Any, name: str) -> Any:

@@ -8,17 +8,24 @@ Everything but the form may be traced: a position can be the axis of a `vmap`. W
 of range is refused, what is traced and out of range selects nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causal_jax.edits import is_bool
+from causal_jax.edits import Site, is_bool, site
 from causal_jax.errors import InputError
 from causal_jax.shapes import Array, Bool
 
+Layer = Any  # None: all | int | several | bool mask [L] | traced int
 Selection = Any  # None | int | sequence of ints | slice | int or bool array
+
+
+def at_layer(name: str, layer: Layer, when: Mapping[str, Any]) -> Site:
+    """The site of these layers, and of what `when` says of further loops."""
+    return site(name, **when) if layer is None else site(name, layer=layer, **when)
 
 
 def leaves(what: str, sel: Selection) -> Any:
