@@ -185,7 +185,7 @@ def test_needles_stand_behind_a_sentence_and_are_found_exactly():
     with pytest.raises(InputError, match="does not occur"):
         find_span(hay, needle)
     with pytest.raises(InputError, match="depth=2"):
-        insert_needle(hay, needle, 2)
+        insert_needle(hay, needle, 2.0)
 
 
 def test_prompts_hold_the_fact_once_and_say_where():
