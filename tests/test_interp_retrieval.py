@@ -200,7 +200,7 @@ def test_prompts_hold_the_fact_once_and_say_where():
             text = tokenizer.decode(prompt.ids.tolist())
             assert text.endswith(f"Answer: {fact.opening}" if lead else "Answer:")
         shared = {*fact.key.lower().split()} & {*fact.question.lower().rstrip("?").split()}
-        assert not shared
+        assert shared <= {"a", "the"}
     with pytest.raises(InputError, match="length=10"):
         needle_prompt(tokenizer, book, FACTS[0], length=10, depth=0.5)
     with pytest.raises(InputError, match="are needed"):

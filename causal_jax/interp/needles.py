@@ -6,7 +6,7 @@
 
 The layout is that of arXiv 2404.15574: the book, then the question; for a model with a chat
 template the book stands in <book> tags in one user turn. Needles cannot be known or guessed, and
-the part that answers shares no word with the question.
+the part that answers shares no word but an article with the question.
 """
 
 import dataclasses

@@ -5,13 +5,14 @@ Permutation" (arXiv 2505.11754). Claim: the causal mask hurts decoders that must
 documents; gold documents in the order of the chain are best, a prefix mask helps after training,
 and a sharp peak of attention on one document goes with right answers.
 
-    python -m causal_jax.reproduce multihop_masking       SmolLM2-135M, two CPU cores, 5 minutes
+    python -m causal_jax.reproduce multihop_masking       SmolLM2-135M, two CPU cores
     python -m causal_jax.reproduce multihop_masking --set model=FOLDER_OR_HUB_ID
 
 Here: chains of pairs, one document per position, in a small net trained with either mask; its order
 effects, and the peak as a choice among 20 orders. Then a pretrained decoder, zero-shot, on chains
 told in English: its accuracy by order, under a prefix mask it was not trained with, and its peaks.
-Expect from the net, h = 2, 3, 4 steps: causal about .4 .6 .6, prefix about .9.
+The card's nets reach, at h = 2, 3, 4 steps, about .4 .6 .6 causally and .9 with the prefix mask;
+one seed here, after as many steps, .35 .42 .34 and .52 .46 .83: the gap is there, the level not.
 """
 
 import dataclasses

@@ -4,13 +4,16 @@ Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality
 (arXiv 2404.15574). Claim: in every model a few per cent of the heads copy tokens from a far
 context into the output; knocking them out destroys recall, knocking out as many others does not.
 
-    python -m causal_jax.reproduce retrieval_heads        SmolLM2-135M, two CPU cores, 3-5 minutes
+    python -m causal_jax.reproduce retrieval_heads        SmolLM2-135M, two CPU cores
     python -m causal_jax.reproduce retrieval_heads --set model=FOLDER_OR_HUB_ID
 
 Here: invented facts in the language reference, two context lengths. A head's score is the share of
 the fact's key part that it copied, averaged over prompts; heads are ranked on three facts and
 masked on three others, while decoding only, by uniform attention, as the official code does. The
 answer begins with the fact's opening words (`lead`). Random controls have the top heads' layers.
+Measured: 7 minutes on two cores shared with five other jobs, 1.9 GiB; 24 of 270 heads above 0.1 at
+either length, strongest 18-6, 20-6, 17-3, 23-2 (layer-head); recall 0.85, with the top 14 masked
+0.23, with 14 random ones 0.83.
 """
 
 import dataclasses
