@@ -333,7 +333,7 @@ def test_an_unusable_cache_names_its_variable(text, tmp_path, monkeypatch):
         ({"packing": "best"}, "data.packing is 'best'; one of concat, fit"),
         ({"context": 10_000_000}, "the training text has only .* tokens; give a shorter context"),
         ({"batch": 5}, "data.batch is 5, which 2 processes cannot share evenly"),
-        ({"tokenizer": Ids(300)}, "has no marks for begin and end"),
+        ({"tokenizer": Ids(300)}, "has no mark for the end"),
     ],
 )
 def test_impossible_data_is_refused(text, fields, message):

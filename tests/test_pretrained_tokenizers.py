@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pretrained_models import need_smollm2
 
+from causal_jax.data import Data, Text, prepare
 from causal_jax.data.tokenizers import Pretrained, PretrainedTokenizer, load_tokenizer
 from causal_jax.data.tokenizers._gguf import gguf_tokenizer
 from causal_jax.data.tokenizers.pretrained import read_tokenizer_json
@@ -143,6 +144,19 @@ def test_stops_and_marks_of_a_folder(smollm2, tmp_path):
         read_tokenizer_json(tmp_path)
     with pytest.raises(InputError, match=r"tokenizer\.json is missing"):
         read_tokenizer_json(tmp_path / "none")
+
+
+def test_training_text_without_a_bos_has_eos_in_front(smollm2, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The first line of a text that is long enough. " * 8)
+    text, tokenizer = Text(str(path), held_out=0.0), Pretrained("smollm2")
+    data = Data(source=text, tokenizer=tokenizer, context=16, batch=1, shuffle=False)
+    prepared = prepare(data, tmp_path / "run")
+    batch = next(iter(prepared.train))
+    assert batch["tokens"][0, 0] == smollm2.eos
+    first = smollm2.encode(path.read_text())[:15]
+    np.testing.assert_array_equal(batch["tokens"][0, 1:], first)
+    assert prepared.tokenizer.fingerprint() == smollm2.fingerprint()
 
 
 def test_chats_that_cannot_be(pieces):

@@ -44,8 +44,9 @@ def token_streams(source: Source, fingerprint: str, tokenizer: Tokenizer) -> dic
 
 
 def coded(documents: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each non-empty document with its marks."""
-    before, after = np.array([tokenizer.bos], np.int32), np.array([tokenizer.eos], np.int32)
+    """Each non-empty document with its marks; where there is no bos, eos stands in front too."""
+    front = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
+    before, after = np.array([front], np.int32), np.array([tokenizer.eos], np.int32)
     texts = (text for text in documents if text)
     for chunk in iter(lambda: list(itertools.islice(texts, CHUNK)), []):
         for ids in tokenizer.encode_documents(chunk):

@@ -6,8 +6,8 @@ A document of tokens t1..tn is stored as bos t1 .. tn eos and makes n+1 pairs
     target  t1   t2  t3 ..  eos
 
 so every token and every eos is a target exactly once (bos never), first tokens included, and no
-target lies in another document. A packing decides in which row a pair comes to stand; it never
-drops or repeats one.
+target lies in another document (a tokenizer without bos has eos in front, too). A packing decides
+in which row a pair comes to stand; it never drops or repeats one.
 
     concat   all pairs in one line, cut every `context` pairs; only the last row has padding
     fit      whole documents, longest first, each into the fullest row that still holds it (best

@@ -232,10 +232,10 @@ def prepare(
 def _prepare_text(config, folder, tokenizer, fingerprint, process) -> Prepared:
     new = functools.partial(_store.trained, config.tokenizer, config.source, fingerprint)
     tokenizer = run_tokenizer(folder, config.tokenizer, tokenizer, new)
-    if tokenizer.bos is None or tokenizer.eos is None:
+    if tokenizer.eos is None:
         raise InputError(
-            f"data.tokenizer is {tokenizer.spec()}, which has no marks for begin and end; for text "
-            "use Bytes() or BPE()"
+            f"data.tokenizer is {tokenizer.spec()}, which has no mark for the end; for text use "
+            "Bytes(), BPE() or a Pretrained() that has one"
         )
     streams = _store.token_streams(config.source, fingerprint, tokenizer)
     pairs = streams["train"].pairs

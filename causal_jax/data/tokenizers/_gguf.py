@@ -21,10 +21,12 @@ _CUTS = {
     "olmo": None,
     "smollm": "digits",
     "starcoder": "digits",
+    "llama3": _SHORT + _WORDS % r"\p{N}{1,3}",
     "llama-bpe": _SHORT + _WORDS % r"\p{N}{1,3}",
     "qwen2": _SHORT + _WORDS % r"\p{N}",
 }
-_CONTROL, _USER, _BYTE = 3, 4, 6  # token types
+_LLAMA3 = ("llama3", "llama-bpe")
+_CONTROL, _USER = 3, 4  # token types
 _KEY = "tokenizer.ggml."
 
 
@@ -55,7 +57,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> PretrainedTokeni
     ]
     model.add_tokens(added)
     eos = metadata.get(_KEY + "eos_token_id")
-    front = metadata.get(_KEY + "add_bos_token", kind == "llama")
+    by_default = kind == "llama" or metadata.get(_KEY + "pre") in _LLAMA3
+    front = metadata.get(_KEY + "add_bos_token", by_default)
     bos = metadata.get(_KEY + "bos_token_id") if front else None
     if bos is not None:
         word = words[bos]
@@ -80,7 +83,7 @@ def _byte_level(lib: Any, metadata: Mapping[str, Any], source: str) -> Any:
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     model = lib.Tokenizer(
         lib.models.BPE(
-            {word: i for i, word in enumerate(words)}, pairs, ignore_merges=pre == "llama-bpe"
+            {word: i for i, word in enumerate(words)}, pairs, ignore_merges=pre in _LLAMA3
         )
     )
     cut, cuts = _CUTS[pre], lib.pre_tokenizers
