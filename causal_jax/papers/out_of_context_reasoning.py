@@ -70,12 +70,10 @@ class OutOfContextReasoning(Paper):
     Attributes:
         groups, train, test, noise, length: the task (`FactRecall`).
         batch: rows per step, a third of each kind.
-        steps: of the main comparison.
-        long_steps: of the comparison without weight decay and of the ranks.
+        steps, long_steps: of the main comparison; of that without weight decay and of the ranks.
         ranks: inner widths of the factorised map to try.
         subjects: subjects per group, one of them trained on, to try besides.
-        lr, weight_decay: of AdamW.
-        every: steps between two measurements.
+        lr, weight_decay, every: of AdamW; steps between two measurements.
         programs: (groups, train, test) of the programs of least norm.
         symmetric_steps: of full-batch gradient descent from a symmetric start.
         oracle: also solve the programs of least norm by a convex solver.
@@ -374,7 +372,6 @@ class OutOfContextReasoning(Paper):
             log = "y" if what in ("loss", "test_loss") else ""
             plots.curves(ax, steps, lines, title=title, xlabel="step", levels=levels, log=log)
         names = [report.figure("training", fig)]
-
         task = self._task()
         fig, axes = plots.panels(2, width=5.5, title="What subjects add to implications, seed 0")
         begin = task.implications.stop
