@@ -99,7 +99,7 @@ class DocLayout:
 def doc_layout(
     tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"],
     prefix: Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int] | int,
-    lengths: Int[Array, "B M"] | Int[np.ndarray, "B M"] | Sequence[int],
+    lengths: Int[Array, "B M"] | Int[np.ndarray, "B M"] | Sequence[int] | Sequence[Sequence[int]],
     *,
     start: Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int] | int = 0,
 ) -> DocLayout:

@@ -86,7 +86,9 @@ def test_it_generates():
         return generate(m, [np.array([1, 2, 3])], max_tokens=5, sampling=Sampling(0.0))[0].tokens
 
     branches = [counterfactual("random", KEY)]
-    np.testing.assert_array_equal(greedy(Contrastive(model(), branches, gamma=0)), greedy(model()))
+    np.testing.assert_array_equal(
+        greedy(Contrastive(model(), branches, gamma=0.0)), greedy(model())
+    )
     strong = Contrastive(model(), branches, gamma=4.0, eps=0.0)
     text = np.array([1, 2, 3, *greedy(strong)], np.int32)
     logits = one_pass(*nnx.split(strong), jnp.asarray(text[None]))

@@ -244,7 +244,7 @@ def test_a_documents_hash_is_its_content():
         ({"lengths": [9, 9]}, "fit into the 12 slots"),
         ({"lengths": [3, -1]}, "expected numbers >= 0"),
         ({"prefix": [1, 2, 3]}, r"prefix of shape \[3\]"),
-        ({"lengths": 3}, r"lengths of shape \[\]"),
+        ({"lengths": [[2, 2]] * 3}, r"lengths of shape \[3, 2\]"),
     ],
 )
 def test_wrong_layouts_are_refused(wrong, message):

@@ -34,7 +34,7 @@ Paper: Eliminating Position Bias of Language Models, arXiv 2407.01100.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,8 +48,6 @@ from causal_jax.positions import Rotary, rotate
 from causal_jax.segments import DocLayout
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
-
-Order = Literal["near", "far"]
 
 
 def importance(
@@ -91,7 +89,7 @@ def shifts(
     importance: Float[Array, "B N T M"],
     layout: DocLayout,
     own: Int[Array, "B T"],
-    order: Order = "near",
+    order: str = "near",
 ) -> Int[Array, "B N T M"]:
     """Tokens of documents that stand closer to the query than document b.
 
@@ -125,7 +123,7 @@ def pine_attention(
     *,
     layout: DocLayout,
     rotary: Rotary | None,
-    order: Order = "near",
+    order: str = "near",
     mask: Mask | Bool[Array, "..."] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -256,7 +254,7 @@ class Pine(AttentionSpec):
         soft_cap: squashes the scores to (-soft_cap, soft_cap); None: not.
     """
 
-    order: Order = "near"
+    order: str = "near"
     scale: float | None = None
     soft_cap: float | None = None
 

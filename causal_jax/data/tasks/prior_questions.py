@@ -12,7 +12,6 @@ of CausalMM (arXiv 2410.04780), in which the report is an image.
 """
 
 import dataclasses
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from causal_jax.errors import InputError
 from causal_jax.shapes import Array, Bool, Int, Key
 
-Split = Literal["train", "train-like", "adversarial", "balanced"]
+SPLITS = ("train", "train-like", "adversarial", "balanced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PriorQuestions:
         return 2 * self.classes + 1
 
     def sample(
-        self, key: Key[Array, ""], batch: int, split: Split = "train"
+        self, key: Key[Array, ""], batch: int, split: str = "train"
     ) -> tuple[Int[Array, "B T"], Bool[Array, "B"], Bool[Array, "B"]]:
         """Rows, whether yes is right, and whether yes is what the prior says; T = slots + 1.
 
@@ -77,8 +76,8 @@ class PriorQuestions:
         Raises:
             InputError: unknown split.
         """
-        if split not in get_args(Split):
-            raise InputError(f"split={split!r}: expected one of {', '.join(get_args(Split))}")
+        if split not in SPLITS:
+            raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         keys = jax.random.split(key, 8)
         C, rows = self.classes, jnp.arange(batch)
         asked = jax.random.randint(keys[0], (batch,), 0, C)
