@@ -7,15 +7,17 @@
     knock out        one head, one query, one key of one layer, given as an argument
     steer            one layer, one position
 
-"over plain" is the least time over that of the plain pass. Then the map of patches over layers and
+"over plain" compares least times, "CPU" (on a CPU) medians of the process's own processor time,
+which a busy machine disturbs far less. Then the map of patches over layers and
 positions: `sweep`, beside a Python loop over `run` and one over a compiled `run` that takes the
 edit as an argument; compiling included. Loops are timed on `--points` of the map and scaled up.
 """
 
 import argparse
 import functools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from flax import nnx
 
 from causal_jax.bench import recipes
 from causal_jax.bench.report import Record, Writer, milliseconds, table
-from causal_jax.bench.timing import jax_candidate, measure
+from causal_jax.bench.timing import Candidate, jax_candidate, measure
 from causal_jax.errors import InputError
 from causal_jax.interp.edges import knock_out
 from causal_jax.interp.edits import patch, steer
@@ -115,9 +117,24 @@ def passes(model: Any, tokens: jax.Array, repeats: int) -> list[Record]:
     records = [t.record() for t in measure(candidates, repeats=repeats)]
     for r in records:
         r["over_plain"] = r["min_s"] / records[0]["min_s"] - 1.0
+    if jax.default_backend() == "cpu":
+        spent = _processor_time(candidates, repeats)
+        for r, seconds in zip(records, spent):
+            r |= {"cpu_s": seconds, "cpu_over_plain": seconds / spent[0] - 1.0}
     same = _program(plain, params, tokens) == _program(off, params, tokens)
     records[1]["same_program"] = same
     return records
+
+
+def _processor_time(candidates: Sequence[Candidate], repeats: int) -> list[float]:
+    """Median processor seconds of one call, all candidates in turns."""
+    seconds: list[list[float]] = [[] for _ in candidates]
+    for _ in range(repeats):
+        for c, out in zip(candidates, seconds):
+            start = time.process_time()
+            c.wait(c.call())
+            out.append(time.process_time() - start)
+    return [statistics.median(s) for s in seconds]
 
 
 def _program(f: Callable, *args: Any) -> str:
@@ -199,12 +216,13 @@ def show(records: list[Record]) -> str:
             milliseconds(r["min_s"]),
             f"{100 * r['spread']:.0f} %",
             f"{100 * r['over_plain']:+.1f} %",
+            f"{100 * r['cpu_over_plain']:+.1f} %" if "cpu_over_plain" in r else "-",
             f"{(r['temp_bytes'] or 0) / 2**20:.1f}",
             {True: "yes", False: "no"}.get(r.get("same_program"), ""),  # pyright: ignore
         ]
         for r in records
     ]
-    columns = ["", "median ms", "min ms", "spread", "over plain", "temp MiB", "same program"]
+    columns = ["", "median ms", "min ms", "spread", "over plain", "CPU", "temp MiB", "same program"]
     return table(columns, rows)
 
 
