@@ -293,7 +293,7 @@ def _depends(answer: np.ndarray) -> float:
     return float((answer != answer[:1]).any(0).mean())
 
 
-def _figures(judge: dict, places: range) -> dict[str, dict[str, list[float]]]:
+def _figures(judge: dict, places: range) -> dict[str, dict[str, Any]]:
     """{reading: accuracy by place, over all orders, share of items that depend; per seed}."""
     out = {}
     for i, name in enumerate(READINGS):
