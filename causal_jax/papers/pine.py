@@ -214,16 +214,16 @@ class PinePaper(Paper):
         return {"deviation": np.abs(logits - logits[:1]).max(), "largest": np.abs(logits).max()}
 
 
-def next_logits(model: DecoderModel, unordered: bool, rows: unordered.Rows) -> np.ndarray:
-    """Logits behind each prompt, its documents without an order or plainly one after the other."""
+def next_logits(model: DecoderModel, free: bool, rows: unordered.Rows) -> np.ndarray:
+    """Logits behind each prompt, its documents free of an order or plainly one after another."""
     layout = doc_layout(rows.tokens, rows.prefix, rows.lengths, start=rows.start)
-    return np.asarray(_next(*nnx.split(model), unordered, jnp.asarray(rows.tokens), layout))
+    return np.asarray(_next(*nnx.split(model), free, jnp.asarray(rows.tokens), layout))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _next(graph, params, unordered: bool, tokens: jax.Array, layout: DocLayout) -> jax.Array:
+def _next(graph, params, free: bool, tokens: jax.Array, layout: DocLayout) -> jax.Array:
     model = nnx.merge(graph, params)
-    if unordered:
+    if free:
         h = model.hidden(tokens, layout=layout)
     else:
         at = jnp.maximum(jnp.arange(tokens.shape[1])[None] - layout.start[:, None], 0)
