@@ -27,7 +27,7 @@ from causal_jax.errors import InputError
 from causal_jax.sampling import Sampling, sample_logits
 from causal_jax.shapes import Array, Float, Int
 from causal_jax.text_watch import Watch
-from causal_jax.training.run import load_run
+from causal_jax.training.run import load_run_or_model
 
 __all__ = ["Completion", "Generated", "Sampling", "complete", "generate", "sample_logits"]
 
@@ -307,11 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-        if args.model is None:
-            run = load_run(args.run, args.checkpoint)
-            model, tokenizer = run.model, run.tokenizer
-        else:
-            model, tokenizer = _pretrained(args)
+        model, tokenizer = load_run_or_model(args.run, args.model, args.checkpoint)
         _continue(model, tokenizer, args, sampling)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -320,17 +316,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 1
     return 0
-
-
-def _pretrained(args: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    from causal_jax.models.pretrained import load
-
-    if args.checkpoint != "latest":
-        raise InputError(f"--checkpoint {args.checkpoint}: only a run (--run) has checkpoints")
-    model, tokenizer = load(args.model)
-    if tokenizer is None:
-        raise InputError(f"--model {args.model}: there is no tokenizer beside the weights")
-    return model, tokenizer
 
 
 def _continue(

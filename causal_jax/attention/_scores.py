@@ -18,9 +18,7 @@ def reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap=OFF)
     (q, bad_q), (k, bad_k), (v, bad_v) = (_finite(x.astype(_wide(x))) for x in (q, k, v))
     s = _einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, G, H), k) * scale
     s = _modify(s.reshape(B, N, T, S), bias, soft_cap)
-    # What is not finite comes back here as NaN, where the mask decides who sees it.
-    s = s + bad_q.transpose(0, 2, 1)[..., None]
-    s = s + jnp.repeat((bad_k + bad_v).transpose(0, 2, 1), G, axis=1)[:, :, None]
+    s = _with_bad(s, bad_q, bad_k + bad_v)
     p, lse = _softmax(tap("scores", s), allowed, sinks)
     p = tap("pattern", p)
     o = _einsum("bkgts,bskh->btkgh", p.reshape(B, K, G, T, S), v)
@@ -68,6 +66,16 @@ def _finite(x):
     """(x with 0 for what is not finite, 0 or NaN per vector): 0 * NaN must reach no masked pair."""
     ok = jnp.isfinite(x)
     return jnp.where(ok, x, 0), jnp.where(ok.all(-1), 0.0, jnp.nan).astype(x.dtype)
+
+
+def _with_bad(s, bad_q, bad_keys):
+    """Scores [B, N, T, S], NaN where the query or key was not finite: the mask decides who sees it.
+
+    `bad_q` [B, T, N] and `bad_keys` [B, S, K] are 0 or NaN.
+    """
+    s = s + bad_q.transpose(0, 2, 1)[..., None]
+    group = s.shape[1] // bad_keys.shape[-1]
+    return s + jnp.repeat(bad_keys.transpose(0, 2, 1), group, axis=1)[:, :, None]
 
 
 def _modify(s, bias, soft_cap):

@@ -21,6 +21,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
+from causal_jax.attention._scores import _finite, _wide, _with_bad
 from causal_jax.errors import InputError
 from causal_jax.masks import Mask, Prefix, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
@@ -72,24 +73,15 @@ def linear_attention(
     allowed = mask.to_dense(T, S, q_offset=q_offset)
     if tap.wants("mask"):
         allowed = tap("mask", jnp.broadcast_to(allowed, (B, N, T, S)))
-    (q, bad_q), (k, bad_k), (w, bad_v) = (_finite(x) for x in (q, k, v))
+    (q, bad_q), (k, bad_k), (w, bad_v) = (_finite(x.astype(_wide(x))) for x in (q, k, v))
     s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k).reshape(B, N, T, S)
     s = s * (H**-0.5 if scale is None else scale)
-    # What is not finite comes back here as NaN, where the mask decides who sees it.
-    s = s + bad_q.transpose(0, 2, 1)[..., None]
-    s = s + jnp.repeat((bad_k + bad_v).transpose(0, 2, 1), N // K, axis=1)[:, :, None]
+    s = _with_bad(s, bad_q, bad_k + bad_v)
     count = jnp.maximum(allowed.sum(-1, keepdims=True), 1)
     p = jnp.where(allowed, s, 0.0) / (count.astype(jnp.float32) if divisor is None else divisor)
     p = tap("pattern", p)
     o = jnp.einsum("bkgts,bskh->btkgh", p.reshape(B, K, N // K, T, S), w)
     return tap("z", o.reshape(B, T, N, -1).astype(v.dtype))
-
-
-def _finite(x: Array) -> tuple[Array, Array]:
-    """(x in float32 with 0 for what is not finite, 0 or NaN per vector)."""
-    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    ok = jnp.isfinite(x)
-    return jnp.where(ok, x, 0), jnp.where(ok.all(-1), 0.0, jnp.nan).astype(x.dtype)
 
 
 @attention.register(

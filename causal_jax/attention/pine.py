@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._scores import _einsum, _finite, _modify, _softmax, _wide
+from causal_jax.attention._scores import _einsum, _finite, _modify, _softmax, _wide, _with_bad
 from causal_jax.attention.dense import _check, _check_mask, _check_scalars, dense_attention
 from causal_jax.errors import InputError
 from causal_jax.masks import Mask, Prefix, as_mask
@@ -173,9 +173,7 @@ def pine_attention(
     score = _explicit if implementation == "reference" else _relative
     factor = H**-0.5 if scale is None else scale
     s = _modify(score(q, k, layout, rotary, slots, shift) * factor, None, soft_cap)
-    # What is not finite comes back here as NaN, where the mask decides who sees it.
-    s = s + bad_q.transpose(0, 2, 1)[..., None]
-    s = s + jnp.repeat((bad_k + bad_v).transpose(0, 2, 1), N // K, axis=1)[:, :, None]
+    s = _with_bad(s, bad_q, bad_k + bad_v)
     p, _ = _softmax(tap("scores", s), allowed, None)
     p = tap("pattern", p)
     o = _einsum("bkgts,bskh->btkgh", p.reshape(B, K, N // K, T, S), v)

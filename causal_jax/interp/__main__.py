@@ -35,6 +35,7 @@ from causal_jax.interp.scores import logit_difference
 from causal_jax.interp.sweeps import sweep
 from causal_jax.interp.tokens import Prompt, tokenize
 from causal_jax.taps import run, sites
+from causal_jax.training.run import load_run_or_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sites(args: argparse.Namespace) -> None:
-    model, tokenizer = _load(args)
+    model, tokenizer = load_run_or_model(args.run, args.model, args.checkpoint)
     tokens = _ids(tokenize(tokenizer, args.prompt))
     found = sites(model, tokens)
     width = max(map(len, found))
@@ -61,7 +62,7 @@ def _capture(args: argparse.Namespace) -> None:
     path = Path(args.out)
     if path.suffix != ".npz":
         raise InputError(f"--out {args.out}: expected a name that ends in .npz")
-    model, tokenizer = _load(args)
+    model, tokenizer = load_run_or_model(args.run, args.model, args.checkpoint)
     prompt = tokenize(tokenizer, args.prompt)
     _, acts = _forward(model, _ids(prompt), (), tuple(args.site))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class _Pair:
     """A clean and a corrupt prompt of one length, their runs, and what counts as the answer."""
 
     def __init__(self, args: argparse.Namespace):
-        self.model, tokenizer = _load(args)
+        self.model, tokenizer = load_run_or_model(args.run, args.model, args.checkpoint)
         self.clean, self.corrupt = (tokenize(tokenizer, t) for t in (args.clean, args.corrupt))
         if len(self.clean.ids) != len(self.corrupt.ids):
             raise InputError(
@@ -170,22 +171,6 @@ def _write(args: argparse.Namespace, pair: _Pair, shares: np.ndarray) -> None:
 
 def _edits_at(clean, layer, column, *, site, over):
     return patch(clean, site=site, layer=layer, **{over: column})
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    if args.model is None:
-        from causal_jax.training.run import load_run
-
-        found = load_run(args.run, args.checkpoint)
-        return found.model, found.tokenizer
-    from causal_jax.models.pretrained import load
-
-    if args.checkpoint != "latest":
-        raise InputError(f"--checkpoint {args.checkpoint}: only a run (--run) has checkpoints")
-    model, tokenizer = load(args.model)
-    if tokenizer is None:
-        raise InputError(f"--model {args.model}: there is no tokenizer beside the weights")
-    return model, tokenizer
 
 
 def _forward(model: Any, tokens: jax.Array, edits: Any, capture: tuple[str, ...]) -> tuple:

@@ -82,33 +82,20 @@ def _peek_now(mask, query, key, sink):
 
 
 def _forbid_all_later(mask, on, shape, head, query, key):
-    tables = (
-        hits("head", head, shape[1]),
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-    )
-    return _restricted(mask, _spares_all, on, shape, tables)
+    return _restricted(mask, _spares_all, on, shape, head=head, query=query, key=key)
 
 
 def _forbid_later(mask, on, shape, head, query, key):
-    tables = (
-        hits("head", head, shape[1]),
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-    )
-    return _restricted(mask, _spares, on, shape, tables)
+    return _restricted(mask, _spares, on, shape, head=head, query=query, key=key)
 
 
 def _peek_later(mask, on, shape, query, key, sink):
-    tables = (
-        hits("query", query, shape[2]),
-        hits("key", key, shape[3]),
-        hits("sink", sink, shape[3]),
-    )
-    return _restricted(mask, _peeks, on, shape, tables)
+    return _restricted(mask, _peeks, on, shape, query=query, key=key, sink=sink)
 
 
-def _restricted(mask: Mask, allows, on, shape, tables) -> Mask:
+def _restricted(mask: Mask, allows, on, shape, **chosen) -> Mask:
+    axes = {"head": 1, "query": 2, "key": 3, "sink": 3}  # of the mask [B, N, T, S]
+    tables = tuple(hits(name, sel, shape[axes[name]]) for name, sel in chosen.items())
     batch = max(len(t) for t in tables)
     rest = jnp.asarray(on), *tables
     return mask & from_fn(allows, *rest, batch=batch, heads=shape[1], evaluate=False)

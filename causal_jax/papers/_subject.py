@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from causal_jax.data.tokenizers import Bytes, Tokenizer
-from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder, DecoderModel
 
 TOY = "toy"
@@ -23,12 +22,9 @@ def load_subject(model: str) -> tuple[DecoderModel, Tokenizer]:
     if model == TOY:
         spec = Decoder(vocab=258, layers=3, width=16, heads=4, kv_heads=2, context=4096)
         return spec.build(jax.random.key(0)), Bytes().train(())
-    from causal_jax.models.pretrained import load
+    from causal_jax.models.pretrained import load_language_model
 
-    found, tokenizer = load(model)
-    if tokenizer is None:
-        raise InputError(f"model = {model!r}: there is no tokenizer beside the weights")
-    return found, tokenizer
+    return load_language_model(model)
 
 
 def peak_gib() -> float:

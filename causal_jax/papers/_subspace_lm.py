@@ -22,13 +22,13 @@ from causal_jax.interp import subspaces
 from causal_jax.models.decoder import Cache, DecoderModel
 from causal_jax.nn.stack import segments_of
 from causal_jax.papers._base import Row
+from causal_jax.papers._subspace_nets import PARTS, illusion_rows
 from causal_jax.taps import run, site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SITES = ("resid_post", "mlp_act")
-PARTS = ("full", "v", "row", "null", "random")
 
 
 class Side:
@@ -205,38 +205,7 @@ def rows_of(found: dict[str, Any], effects: dict[str, Any], layer: int) -> list[
             note="one-sided: patching the whole layer may strengthen the original answer; "
             "baseline: the whole residual stream there",
         ),
-        of(
-            "language model: a direction in it seems to",
-            unit,
-            mlp["v"],
-            40.0,
-            ">=",
-            paper="45.9",
-            baseline=float(mlp["full"].mean()),
-        ),
-        of(
-            "language model: its row part does not carry the effect",
-            "effect of the row part / effect of v",
-            mlp["row"] / mlp["v"],
-            0.5,
-            "<=",
-            paper="13.2 / 45.9",
-        ),
-        of(
-            "language model: its null part does nothing",
-            unit,
-            np.abs(mlp["null"]),
-            0.1,
-            "<=",
-            paper="0.0",
-        ),
-        of(
-            "language model: patched activations are unnatural",
-            "spread along the row part, patched / natural",
-            found["mlp_act"]["spread"],
-            3.0,
-            ">=",
-        ),
+        *illusion_rows("language model", unit, mlp, found["mlp_act"]["spread"]),
         of(
             "language model: a direction in the residual stream works",
             unit,

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOISE = 8  # coordinates beside the feature
-PARTS = ("full", "v", "row", "null", "random")
+PARTS: tuple[str, ...] = ("full", "v", "row", "null", "random")
+SPREAD = "spread along the row part, patched / natural"
 
 
 def train_nets(
@@ -161,98 +162,53 @@ def _cross_entropy(logits: jax.Array, answers: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
 
 
+def illusion_rows(
+    who: str, unit: str, effect: dict[str, Any], spread: Any, *, honest: float | None = None
+) -> list[Row]:
+    """An illusory direction by the card's thresholds: it works, and what gives it away.
+
+    Args:
+        who, unit: what is looked at, and in what the effects are.
+        effect: of every part in `PARTS`, [seeds].
+        spread: of the activations along the row part, patched / natural, [seeds].
+        honest: the same spread where the layer is used.
+    """
+    of, layer = Row.of_seeds, float(effect["full"].mean())
+    share, of_v = effect["row"] / effect["v"], "effect of the row part / effect of v"
+    none = np.abs(effect["null"])
+    return [
+        of(f"{who}: a direction seems to work", unit, effect["v"], 40.0, paper="45.9",
+           baseline=layer),
+        of(f"{who}: its row part does not carry it", of_v, share, 0.5, "<=", paper="13.2 / 45.9"),
+        of(f"{who}: its null part does nothing", unit, none, 0.1, "<=", paper="0.0"),
+        of(f"{who}: patched activations are unnatural", SPREAD, spread, 3.0, baseline=honest),
+    ]  # fmt: skip
+
+
 def rows_of(dormant: dict, used: dict) -> list[Row]:
     """The card's thresholds, seed by seed."""
     effect = {k: dormant["effects"][:, i] for i, k in enumerate(PARTS)}
     honest = {k: used["effects"][:, i] for i, k in enumerate(PARTS)}
     of, unit = Row.of_seeds, "FLDD, % of the logit difference"
-    both = np.concatenate([effect["random"], honest["random"]])
+    both = np.abs(np.concatenate([effect["random"], honest["random"]]))
     edits = np.concatenate([dormant["edit"], used["edit"]])
+    spread = used["spread"]
+    illusory = (dormant["verdict"] == "illusory").astype(float)
+    consistent = (used["verdict"] == "consistent").astype(float)
     return [
-        of(
-            "dormant: the whole layer does nothing",
-            unit,
-            effect["full"],
-            (-10.0, 10.0),
-            "in",
-            paper="-8.0 (MLP 8, GPT-2 small)",
-        ),
-        of(
-            "dormant: the direction seems to work",
-            unit,
-            effect["v"],
-            40.0,
-            ">=",
-            paper="45.9",
-            baseline=float(effect["full"].mean()),
-        ),
-        of(
-            "dormant: the row part does not carry it",
-            "effect of the row part / effect of v",
-            effect["row"] / effect["v"],
-            0.5,
-            "<=",
-            paper="13.2 / 45.9",
-        ),
-        of(
-            "dormant: the null part does nothing",
-            unit,
-            np.abs(effect["null"]),
-            0.1,
-            "<=",
-            paper="0.0",
-        ),
-        of(
-            "dormant: patched activations are unnatural",
-            "spread along the row part, patched / natural",
-            dormant["spread"],
-            3.0,
-            ">=",
-            baseline=float(used["spread"].mean()),
-        ),
-        of(
-            "dormant: the audit says illusory",
-            "1 if so",
-            (dormant["verdict"] == "illusory").astype(float),
-            1.0,
-            ">=",
-        ),
-        of(
-            "used: the row part carries the effect",
-            "effect of the row part / effect of v",
-            honest["row"] / honest["v"],
-            0.8,
-            ">=",
-        ),
-        of(
-            "used: patched activations are natural",
-            "spread along the row part, patched / natural",
-            used["spread"],
-            1.5,
-            "<=",
-        ),
-        of(
-            "used: the audit says consistent",
-            "1 if so",
-            (used["verdict"] == "consistent").astype(float),
-            1.0,
-            ">=",
-        ),
-        of(
-            "a random direction clears neither",
-            f"largest {unit}, dormant then used",
-            np.abs(both),
-            2.0,
-            "<=",
-        ),
-        of(
-            "a patch is a rank-one edit",
-            "largest difference of the outputs, dormant then used",
-            edits,
-            1e-5,
-            "<=",
-        ),
-    ]
+        of("dormant: the whole layer does nothing", unit, effect["full"], (-10.0, 10.0), "in",
+           paper="-8.0 (MLP 8, GPT-2 small)"),
+        *illusion_rows("dormant", unit, effect, dormant["spread"], honest=float(spread.mean())),
+        of("dormant: the audit says illusory", "1 if so", illusory, 1.0),
+        of("used: the row part carries the effect", "effect of the row part / effect of v",
+           honest["row"] / honest["v"], 0.8),
+        of("used: patched activations are natural", SPREAD, spread, 1.5, "<="),
+        of("used: the audit says consistent", "1 if so", consistent, 1.0),
+        of("a random direction clears neither", f"largest {unit}, dormant then used", both, 2.0,
+           "<="),
+        of("a patch is a rank-one edit", "largest difference of the outputs, dormant then used",
+           edits, 1e-5, "<="),
+    ]  # fmt: skip
 
 
 def draw(found: dict) -> "Figure":

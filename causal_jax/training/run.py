@@ -70,6 +70,25 @@ def load_run(folder: Path | str, checkpoint: str | int = "latest") -> Run:
     return Run(folder, recipe, nnx.merge(graph, params), tokenizer, step)
 
 
+def load_run_or_model(
+    run: Path | str | None, model: str | None, checkpoint: str | int = "latest"
+) -> tuple[Any, Tokenizer]:
+    """(model, tokenizer) of a run folder, or of pretrained weights where `model` is given.
+
+    Raises:
+        InputError: as `load_run`; as `models.pretrained.load`; weights without tokenizer; a
+            checkpoint asked of pretrained weights.
+    """
+    if model is None:
+        found = load_run(run or "", checkpoint)
+        return found.model, found.tokenizer
+    from causal_jax.models.pretrained import load_language_model
+
+    if checkpoint != "latest":
+        raise InputError(f"--checkpoint {checkpoint}: only a run (--run) has checkpoints")
+    return load_language_model(model)
+
+
 def _parameters(folder: Path, which: str | int, spec: Any, part: str) -> tuple[int, Any]:
     store = Store(folder / "checkpoints")
     step = store.find(which)

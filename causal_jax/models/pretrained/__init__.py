@@ -14,8 +14,8 @@ transformers, how closely, and what is refused.
 """
 
 from causal_jax.models.pretrained._base import Config, Family, Rule, families
-from causal_jax.models.pretrained._load import load
+from causal_jax.models.pretrained._load import load, load_language_model
 from causal_jax.models.pretrained._save import save
 from causal_jax.models.pretrained._sources import resolve
 
-__all__ = ["Config", "Family", "Rule", "families", "load", "resolve", "save"]
+__all__ = ["Config", "Family", "Rule", "families", "load", "load_language_model", "resolve", "save"]

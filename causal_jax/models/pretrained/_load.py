@@ -58,6 +58,18 @@ def load(
     return build(spec, family, checkpoint, param_dtype=param_dtype, place=place), tokenizer
 
 
+def load_language_model(source: str | Path) -> tuple[DecoderModel, PretrainedTokenizer]:
+    """`load`, for what cannot do without a tokenizer.
+
+    Raises:
+        InputError: as `load`, and where there is no tokenizer beside the weights.
+    """
+    model, tokenizer = load(source)
+    if tokenizer is None:
+        raise InputError(f"model {str(source)!r}: there is no tokenizer beside the weights")
+    return model, tokenizer
+
+
 def _tokenizer_beside(path: Path) -> PretrainedTokenizer | None:
     folder = path if path.is_dir() else path.parent
     return read_tokenizer_json(folder) if (folder / "tokenizer.json").is_file() else None
