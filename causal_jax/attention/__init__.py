@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from causal_jax.attention._base import AttentionSpec, Case, attention
     from causal_jax.attention._implementations import Choice, choose, compiling_for
     from causal_jax.attention.dense import Dense, dense_attention
+    from causal_jax.attention.merge import merge_attention
 
 _HOME = {
     "AttentionSpec": "_base",
@@ -22,6 +23,7 @@ _HOME = {
     "choose": "_implementations",
     "compiling_for": "_implementations",
     "dense_attention": "dense",
+    "merge_attention": "merge",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "choose",
     "compiling_for",
     "dense_attention",
+    "merge_attention",
 ]
 
 
