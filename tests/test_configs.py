@@ -24,7 +24,12 @@ def test_the_docstring_is_a_recipe_card(path):
 
 
 def test_full_recipe_loads_and_serialises(path):
-    recipe = config.load(str(path), [])
+    try:
+        recipe = config.load(str(path), [])
+    except InputError as e:
+        if "pip install" not in str(e):
+            raise
+        pytest.skip(f"needs a pretrained model: {e}")
     assert config.from_json(config.to_json(recipe)) == recipe
     assert recipe.model.flops_per_token(recipe.data.context) > 0
 

@@ -20,7 +20,7 @@ from causal_jax import config
 from causal_jax.data.batches import Batches
 from causal_jax.data.pipeline import Prepared
 from causal_jax.errors import InputError
-from causal_jax.training import finish, folder, state, step
+from causal_jax.training import finish, folder, start, state, step
 from causal_jax.training.checkpoint import Store, check_space
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.report import Profiler, Reporter, check_tensorboard, peak_flops, say
@@ -65,6 +65,8 @@ def train(recipe: Recipe) -> Result:
     check_batch(mesh, recipe.data.batch, recipe.data.context, recipe.accumulate)
     if recipe.report.tensorboard:
         check_tensorboard()
+    if recipe.start:
+        start.check(recipe.start)
     _settle_flags()
     workdir = Path(recipe.workdir)
     with folder.locked(workdir), StopRequest() as stop, jax.set_mesh(mesh):
@@ -119,9 +121,16 @@ class Loop:
         check_space(workdir, state.size_in_bytes(abstract))
         self.data = iter(prepared.train)
         found = store.restore(abstract)
+        begun = ""
         if found is None:
+            params = None
+            if recipe.start:
+                places = state.shardings_of(abstract)["params"]
+                params, begun = start.parameters(
+                    recipe.start, recipe.model, prepared.tokenizer, places, recipe.seed
+                )
             self.state = state.new_state(
-                recipe.model, tx, abstract, recipe.seed, trainable=recipe.trainable
+                recipe.model, tx, abstract, recipe.seed, trainable=recipe.trainable, params=params
             )
         else:
             self.state, meta = found
@@ -141,7 +150,7 @@ class Loop:
         self.evaluate = step.make_eval_step(self.graph, recipe.objective, mesh)
         self.profiler = Profiler(workdir / "profile", recipe.report.profile)
         self.reporter = self._reporter()
-        self._introduce(state.size_in_bytes(abstract), whole)
+        self._introduce(state.size_in_bytes(abstract), whole, begun)
 
     def run(self, stop: StopRequest) -> Result:
         """All steps from where the state is to `recipe.steps`, or to a signal."""
@@ -261,7 +270,7 @@ class Loop:
             peak=None if peak is None else peak * self.mesh.size,
         )
 
-    def _introduce(self, size: int, whole: list[str]) -> None:
+    def _introduce(self, size: int, whole: list[str], begun: str) -> None:
         recipe = self.recipe
         self.reporter.say(
             f"{type(recipe.model).__name__}: {state.param_count(self.state):,} parameters, state "
@@ -270,6 +279,8 @@ class Loop:
         )
         for line in whole:
             self.reporter.say(f"note: {line}")
+        if begun:
+            self.reporter.say(begun)
         if self.start:
             self.reporter.say(f"going on from step {self.start}")
 

@@ -122,6 +122,9 @@ class Recipe:
         objective: what it is trained for.
         optimizer: how.
         mesh: on how many devices, and how it is split over them.
+        start: weights to begin with instead of random ones: the folder of a run, or what
+            `models.pretrained.load` takes (whose spec is `models.pretrained.spec_of`). Parameters
+            that only `model` has are drawn.
         steps: optimizer steps.
         seed: of the parameters and of all randomness in the steps.
         accumulate: microbatches per step; the result is that of the whole batch at once.
@@ -143,6 +146,7 @@ class Recipe:
     objective: Objective = NextToken()
     optimizer: Optimizer = AdamW()
     mesh: MeshSpec = MeshSpec()
+    start: str = ""
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1

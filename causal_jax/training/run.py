@@ -92,7 +92,7 @@ def load_run_or_model(
 def _parameters(folder: Path, which: str | int, spec: Any, part: str) -> tuple[int, Any]:
     store = Store(folder / "checkpoints")
     step = store.find(which)
-    here = SingleDeviceSharding(jax.devices()[0])
+    here = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda key: nnx.split(spec.build(key))[1], jax.random.key(0))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes

@@ -38,9 +38,14 @@ def init_state(
     *,
     ema: bool = False,
     trainable: str = "",
+    params: Any = None,
 ) -> State:
-    """A state at step 0. Pure: trace it to get shapes, jit it to make it sharded from the start."""
-    params = nnx.split(spec.build(key))[1]
+    """A state at step 0. Pure: trace it to get shapes, jit it to make it sharded from the start.
+
+    Args:
+        params: to begin with; None draws them.
+    """
+    params = nnx.split(spec.build(key))[1] if params is None else params
     trained, _ = partition(trainable, params, "trainable")
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": tx.init(trained)}
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
@@ -92,13 +97,20 @@ def new_state(
     seed: int,
     *,
     trainable: str = "",
+    params: Any = None,
 ) -> State:
-    """The state at step 0, every array made where it belongs; the same values on every mesh."""
+    """The state at step 0, every array made where it belongs; the same values on every mesh.
 
-    def init(key: jax.Array) -> State:
-        return init_state(spec, tx, key, ema="ema" in abstract, trainable=trainable)
+    Args:
+        params: to begin with, where they belong and given away; None draws them.
+    """
+    ema = "ema" in abstract
 
-    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
+    def init(key: jax.Array, params: Any) -> State:
+        return init_state(spec, tx, key, ema=ema, trainable=trainable, params=params)
+
+    make = jax.jit(init, out_shardings=shardings_of(abstract), donate_argnums=1)
+    return make(jax.random.key(seed), params)
 
 
 def averaged(state: State) -> Any:

@@ -14,8 +14,18 @@ transformers, how closely, and what is refused.
 """
 
 from causal_jax.models.pretrained._base import Config, Family, Rule, families
-from causal_jax.models.pretrained._load import load, load_language_model
+from causal_jax.models.pretrained._load import load, load_language_model, spec_of
 from causal_jax.models.pretrained._save import save
 from causal_jax.models.pretrained._sources import resolve
 
-__all__ = ["Config", "Family", "Rule", "families", "load", "load_language_model", "resolve", "save"]
+__all__ = [
+    "Config",
+    "Family",
+    "Rule",
+    "families",
+    "load",
+    "load_language_model",
+    "resolve",
+    "save",
+    "spec_of",
+]

@@ -1,6 +1,7 @@
 """From a name to a model and its tokenizer."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from causal_jax.errors import InputError
 from causal_jax.gguf_file import open_gguf
 from causal_jax.models.decoder import Decoder, DecoderModel
 from causal_jax.models.pretrained._base import Config, Family, families
-from causal_jax.models.pretrained._checkpoint import Place, build
+from causal_jax.models.pretrained._checkpoint import Checkpoint, Place, build
 from causal_jax.models.pretrained._gguf import gguf_checkpoint
 from causal_jax.models.pretrained._safetensors import safetensors_checkpoint
 from causal_jax.models.pretrained._sources import resolve
@@ -41,21 +42,29 @@ def load(
             and model that do not match, a tokenizer with more ids than the model. Nothing is half
             loaded.
     """
-    path = resolve(str(source))
-    if path.suffix == ".gguf":
-        file = open_gguf(path)
-        checkpoint, tokenizer = gguf_checkpoint(file), gguf_tokenizer(file.metadata, file.where)
-    else:
-        checkpoint, tokenizer = safetensors_checkpoint(path), _tokenizer_beside(path)
-    config = checkpoint.config
-    family = families[config.need("model_type")]
-    spec = _changed(_spec(family, config), changes)
+    checkpoint, read_tokenizer = _open(source)
+    family, spec = _family(checkpoint, changes)
+    tokenizer = read_tokenizer()
     if tokenizer is not None and tokenizer.vocab > spec.vocab:
         raise InputError(
             f"{checkpoint.where}: the tokenizer has {tokenizer.vocab} ids, the model {spec.vocab}:"
             " they do not belong together"
         )
     return build(spec, family, checkpoint, param_dtype=param_dtype, place=place), tokenizer
+
+
+def spec_of(source: str | Path, **changes: Any) -> Decoder:
+    """The spec of a pretrained decoder; of its weights nothing but the table of contents is read.
+
+    For configs that start from it: `Recipe(model=spec_of("smollm2"), start="smollm2", ...)`.
+
+    Args:
+        source, changes: as `load`.
+
+    Raises:
+        InputError: as `load`.
+    """
+    return _family(_open(source)[0], changes)[1]
 
 
 def load_language_model(source: str | Path) -> tuple[DecoderModel, PretrainedTokenizer]:
@@ -68,6 +77,21 @@ def load_language_model(source: str | Path) -> tuple[DecoderModel, PretrainedTok
     if tokenizer is None:
         raise InputError(f"model {str(source)!r}: there is no tokenizer beside the weights")
     return model, tokenizer
+
+
+def _open(
+    source: str | Path,
+) -> tuple[Checkpoint, Callable[[], PretrainedTokenizer | None]]:
+    path = resolve(str(source))
+    if path.suffix == ".gguf":
+        file = open_gguf(path)
+        return gguf_checkpoint(file), lambda: gguf_tokenizer(file.metadata, file.where)
+    return safetensors_checkpoint(path), lambda: _tokenizer_beside(path)
+
+
+def _family(checkpoint: Checkpoint, changes: dict[str, Any]) -> tuple[type[Family], Decoder]:
+    family = families[checkpoint.config.need("model_type")]
+    return family, _changed(_spec(family, checkpoint.config), changes)
 
 
 def _tokenizer_beside(path: Path) -> PretrainedTokenizer | None:
