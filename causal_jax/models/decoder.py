@@ -7,7 +7,8 @@ Sites: `embed`, `final` [B, T, D], `logits` [B, T, V], and per layer those of `n
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from causal_jax import masks
 from causal_jax.attention import AttentionSpec, Dense
 from causal_jax.errors import InputError
 from causal_jax.models._base import ModelSpec, models
-from causal_jax.nn.attention import KV, Attention
+from causal_jax.nn.attention import Attention
 from causal_jax.nn.block import Block, dropout
 from causal_jax.nn.linear import Embed, Linear, matmul
 from causal_jax.nn.lora import LoRA, adapt
+from causal_jax.nn.mixer import MixerSpec
 from causal_jax.nn.mlp import MLP, ActivationName, is_gated
 from causal_jax.nn.norm import NormName, make_norm
 from causal_jax.nn.stack import Stack
@@ -37,14 +39,14 @@ class Cache:
     """Everything a decoder remembers of what it has read: a value to keep, copy and hand back.
 
     Attributes:
-        layers: keys and values, one `KV` per block of every segment.
+        layers: keys and values (a `KV`), or what a mixer keeps, per block of every segment.
         length: slots already written, the same for all rows. Writing past the last slot is the
             caller's error.
         start: first real slot of each row (left padding), or None where there is no padding.
         layout: of a prompt with unordered documents, or None.
     """
 
-    layers: tuple[tuple[KV, ...], ...]
+    layers: tuple[tuple[Any, ...], ...]
     length: Int[Array, ""]
     start: Int[Array, "B"] | None
     layout: DocLayout | None = None
@@ -66,7 +68,8 @@ class Decoder(ModelSpec):
         activation: of the feed-forward layers; the names with "glu" are gated.
         norm: "rms" or "layer".
         norm_eps: floor under the variance in every norm.
-        attention: specs tiled over depth: (a,) for all layers, (a, b) for alternating ones, ...
+        attention: specs tiled over depth: (a,) for all layers, (a, b) for alternating ones, ...;
+            a `MixerSpec` (`causal_jax.nn.mixer`) replaces attention altogether.
         rotary: rotary embedding of queries and keys, or None.
         learned_positions: whether a table of `context` positions is added to the embedding.
         qkv_bias: biases of the query, key and value projections.
@@ -168,8 +171,9 @@ class Decoder(ModelSpec):
         """Forward and backward (3 x forward): 2 per multiplying weight, and attention's own."""
         gates = 2 if is_gated(self.activation) else 1
         projections = self.width * self.head_width * 2 * (self.heads + self.kv_count)
-        block = projections + self.width * self.hidden_width * (gates + 1)
-        weights = self.layers * block + self.width * self.vocab
+        attending = sum(not isinstance(s, MixerSpec) for s in self.layer_specs())
+        weights = attending * projections + self.width * self.vocab
+        weights += self.layers * self.width * self.hidden_width * (gates + 1)
         h = self.head_width
         mixing = sum(s.cost(length, length, self.heads, h, h) for s in self.layer_specs()) / length
         return 3.0 * (2.0 * weights + mixing)
@@ -180,8 +184,8 @@ class Decoder(ModelSpec):
         def norm():
             return make_norm(self.norm, self.width, self.norm_eps)
 
-        attention = Attention(
-            spec,
+        mixer = spec.build if isinstance(spec, MixerSpec) else functools.partial(Attention, spec)
+        attention = mixer(
             width=self.width,
             heads=self.heads,
             kv_heads=self.kv_count,
@@ -297,7 +301,10 @@ class DecoderModel(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         x = dropout(self._embed(tokens, positions), self.spec.dropout, keys[0])
         x = tap("embed", with_batch(x))
-        x = self.stack(x, mask=allowed, positions=positions, layout=layout, key=keys[1], tap=tap)
+        x = self.stack(
+            x, mask=allowed, positions=positions, layout=layout, segments=segments, key=keys[1],
+            tap=tap,
+        )  # fmt: skip
         return tap("final", self.norm(x))
 
     def unembed(self, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

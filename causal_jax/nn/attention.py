@@ -32,10 +32,12 @@ class Rotations:
     Attributes:
         tables: cos and sin of every kind of rotary embedding.
         layout: of a prompt with unordered documents, for mechanisms that place keys themselves.
+        segments: document ids [B, T], for mechanisms that mix without a mask; None: one document.
     """
 
     tables: Mapping[Rotary, tuple[Array, Array]]
     layout: DocLayout | None = None
+    segments: Int[Array, "B T"] | None = None
 
 
 @jax.tree_util.register_dataclass

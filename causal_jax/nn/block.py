@@ -7,12 +7,15 @@ Sites: `resid_pre`, `attn_out`, `resid_mid`, `mlp_out`, `resid_post`, all [B, T,
 layers" in papers is `resid_post` of layer l.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from causal_jax import masks
-from causal_jax.nn.attention import KV, Attention, Rotations
+from causal_jax.nn.attention import Attention, Rotations
+from causal_jax.nn.mixer import Mixer
 from causal_jax.nn.mlp import MLP
 from causal_jax.nn.norm import LayerNorm, RMSNorm
 from causal_jax.shapes import Array, Float, Int, Key
@@ -25,7 +28,8 @@ class Block(nnx.Module):
     """Ready-made parts in, one residual block out.
 
     Args:
-        attention, mlp: the two branches; attention_norm, mlp_norm: what each reads through.
+        attention, mlp: the two branches (a `Mixer` in attention's place); attention_norm, mlp_norm:
+            what each reads through.
         post_norms: norms of the two branches' outputs (Gemma 2), or None.
         parallel: both branches read the block's input.
         dropout: rate applied to both branches' outputs when a key is given.
@@ -33,7 +37,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        attention: Attention,
+        attention: Attention | Mixer,
         mlp: MLP,
         attention_norm: Norm,
         mlp_norm: Norm,
@@ -63,14 +67,14 @@ class Block(nnx.Module):
     def extend(
         self,
         x: Float[Array, "B T D"],
-        cache: KV,
+        cache: Any,
         layer: int | Int[Array, ""],
         *,
         length: Int[Array, ""],
         mask: masks.Mask,
         rotations: Rotations,
         tap: Tap = OFF,
-    ) -> tuple[Float[Array, "B T D"], KV]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """The same on T new positions after those in the cache."""
         x = tap("resid_pre", x)
         mixed, cache = self.attention.extend(

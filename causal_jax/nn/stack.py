@@ -11,6 +11,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 
 from causal_jax import masks
 from causal_jax.attention import AttentionSpec
-from causal_jax.nn.attention import KV, Rotations
+from causal_jax.nn.attention import Rotations
 from causal_jax.nn.block import Block
 from causal_jax.placement import with_batch
 from causal_jax.positions import rotation
@@ -93,10 +94,11 @@ class Stack(nnx.Module):
         mask: masks.Mask,
         positions: Int[Array, "B T"],
         layout: DocLayout | None = None,
+        segments: Int[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         tap: Tap = OFF,
     ) -> Float[Array, "B T D"]:
-        rotations = self._rotations(positions, layout)
+        rotations = self._rotations(positions, layout, segments)
 
         def layer(graph, x, xs, tap):
             params, key = xs
@@ -120,8 +122,8 @@ class Stack(nnx.Module):
             )
         return x
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[tuple[KV, ...], ...]:
-        """One `KV` of stacked layers per block of every segment."""
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[tuple[Any, ...], ...]:
+        """One cache of stacked layers (a `KV`, for attention) per block of every segment."""
         return tuple(
             tuple(b.attention.init_cache(segment.repeats, batch, length, dtype) for b in blocks)
             for segment, blocks in zip(self.segments, self.blocks)
@@ -130,14 +132,14 @@ class Stack(nnx.Module):
     def extend(
         self,
         x: Float[Array, "B T D"],
-        caches: tuple[tuple[KV, ...], ...],
+        caches: tuple[tuple[Any, ...], ...],
         *,
         length: Int[Array, ""],
         mask: masks.Mask,
         positions: Int[Array, "B T"],
         layout: DocLayout | None = None,
         tap: Tap = OFF,
-    ) -> tuple[Float[Array, "B T D"], tuple[tuple[KV, ...], ...]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[tuple[Any, ...], ...]]:
         """T new positions through all layers; caches ride in the carry, updated in place."""
 
         rotations = self._rotations(positions, layout)
@@ -175,10 +177,12 @@ class Stack(nnx.Module):
         out.blocks = nnx.List(nnx.List([block]) for block in layers)
         return out
 
-    def _rotations(self, positions: Array, layout: DocLayout | None) -> Rotations:
+    def _rotations(
+        self, positions: Array, layout: DocLayout | None, segments: Array | None = None
+    ) -> Rotations:
         layers = [block.attention for blocks in self.blocks for block in blocks]
         tables = {a.rotary: rotation(positions, a.rotary, a.head_dim) for a in layers if a.rotary}
-        return Rotations(tables, layout)
+        return Rotations(tables, layout, segments)
 
     def _parts(self):
         for segment, blocks in zip(self.segments, self.blocks):
