@@ -1,0 +1,60 @@
+"""A non-linear memory whose last matrix alone is fast: exact, at any tile.
+
+    M(x) = [x +] phi(x) W        phi(x) = act(... act(x W_0) ...), slow: learned by the outer loop
+
+It is linear memory with momentum on features phi(k), phi(q) (with the residual: regressing v - k
+and adding q), and so shares `delta.py`'s chunkwise form. Paper: Titans, arXiv 2501.00663; updating
+the last layer only does best among such layers according to arXiv 2602.21204.
+"""
+
+import dataclasses
+
+from causal_jax.errors import InputError
+from causal_jax.memory._base import Case, MemorySpec, memories
+from causal_jax.memory._network import Act, Network
+
+
+@memories.register("last_layer", cases=(Case((2, 19, 2, 8)),))
+@dataclasses.dataclass(frozen=True)
+class LastLayer(MemorySpec):
+    """Deep memory of which the last matrix learns while reading.
+
+    Attributes:
+        depth: matrices of M, 2 to 4.
+        expansion: hidden width over head width.
+        act: non-linearity between them.
+        residual: M(x) = x + ... .
+        tile: tokens worked on at once; changes the speed, not the result.
+    """
+
+    depth: int = 2
+    expansion: int = 4
+    act: Act = "gelu"
+    residual: bool = True
+    tile: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.depth <= 4:
+            raise InputError(f"depth={self.depth}: expected 2, 3 or 4 (1 is the memory 'delta')")
+        if self.tile < 1:
+            raise InputError(f"tile={self.tile}: expected at least 1")
+
+    @property
+    def network(self) -> Network:
+        """MLP, optionally with a residual."""
+        return Network(
+            self.depth, self.expansion, self.act, "residual" if self.residual else "none"
+        )
+
+    @property
+    def fast_leaves(self) -> tuple[str, ...]:
+        """The last matrix."""
+        return (self.network.matrices[-1],)
+
+    def run(
+        self, leaves, state, q, k, v, gates, *, mask=None, store=None, new=None, aligned=False,
+        tap=None, implementation=None,
+    ):  # fmt: skip
+        """Write and read; see `MemorySpec.run`."""
+        return self.reference(leaves, state, q, k, v, gates, mask=mask, store=store, new=new)
