@@ -1,0 +1,115 @@
+"""The live tiles of a mask as one flat list of steps, each a word that scalar memory can hold.
+
+A kernel whose grid runs over steps spends nothing on dead tiles: not even an empty turn. From low
+to high bits a word holds
+
+    kind (2)   first step of its output tile (1)   last one (1)   inner tile   outer tile   group
+
+For o and dq the outer tile is one of queries and the inner one of keys; for dk and dv it is the
+other way round, and all query heads of a group follow one another. Every outer tile has at least
+one step, be it of kind 0, so that its output is initialised and written.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+PARTIAL, FULL = 1, 2
+WORDS = 192 * 1024  # of 4 bytes: what is taken of the 1 MiB of scalar memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How many bits the fields of a word take."""
+
+    inner: int
+    outer: int
+
+    @classmethod
+    def of(cls, inner: int, outer: int, groups: int) -> "Packing":
+        """For so many tiles and query heads per kv head."""
+        bits = cls((inner - 1).bit_length(), (outer - 1).bit_length())
+        if 4 + bits.inner + bits.outer + (groups - 1).bit_length() > 31:
+            raise NotImplementedError(
+                f"{outer} x {inner} tiles for {groups} heads: more than a step's 31 bits can name; "
+                "take larger tiles"
+            )
+        return bits
+
+    def word(self, kind: Any, first: Any, last: Any, inner: Any, outer: Any, group: Any) -> Any:
+        """All fields in one integer."""
+        high = (group << self.outer | outer) << self.inner | inner
+        return high << 4 | last << 3 | first << 2 | kind
+
+    def tiles(self, word: Any) -> tuple[Any, Any, Any]:
+        """(inner, outer, group) of a word."""
+        high = word >> 4
+        inner, high = high & ((1 << self.inner) - 1), high >> self.inner
+        return inner, high & ((1 << self.outer) - 1), high >> self.outer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """The list.
+
+    Attributes:
+        words: int32 [b, h, n]; b and h are 1 where all batch rows or heads share it.
+        count: how many steps the longest list has; an int if it is known on the host.
+        packing: reads the words.
+    """
+
+    words: Any
+    count: Any
+    packing: Packing
+
+
+def by_query_tile(grid: Any) -> Steps:
+    """Steps for o and dq from the kinds of all tiles, int8 [b, h, nq, nk]."""
+    return _flatten(grid, 1)
+
+
+def by_key_tile(grid: Any, groups: int) -> Steps:
+    """Steps for dk and dv; per kv head, its `groups` query heads one after another."""
+    xp: Any = np if isinstance(grid, np.ndarray) else jnp
+    b, h, nq, nk = grid.shape
+    grid = grid.reshape(b, max(1, h // groups), groups if h > 1 else 1, nq, nk)
+    grid = xp.broadcast_to(grid, (*grid.shape[:2], groups, nq, nk))
+    return _flatten(grid.transpose(0, 1, 4, 2, 3).reshape(*grid.shape[:2], nk, groups * nq), groups)
+
+
+def _flatten(kind: Any, groups: int) -> Steps:
+    """From kinds [b, h, outer, groups * inner]."""
+    xp: Any = np if isinstance(kind, np.ndarray) else jnp
+    b, h, outer, wide = kind.shape
+    packing = Packing.of(wide // groups, outer, groups)
+    kind = kind.astype(np.int32)
+    at = np.arange(wide, dtype=np.int32).reshape(1, 1, 1, -1)
+    idle = (kind == 0).all(-1, keepdims=True) & (at == 0)
+    visit = (kind > 0) | idle
+    first = visit & (xp.cumsum(visit, -1) == 1)
+    last = visit & (xp.cumsum(visit[..., ::-1], -1)[..., ::-1] == 1)
+    words = packing.word(
+        kind,
+        first.astype(np.int32),
+        last.astype(np.int32),
+        at % (wide // groups),
+        np.arange(outer, dtype=np.int32).reshape(1, 1, -1, 1),
+        at // (wide // groups),
+    ).reshape(b, h, -1)
+    visit = visit.reshape(b, h, -1)
+    count = visit.sum(-1).astype(np.int32)
+    slots = int(count.max()) if xp is np else outer * wide
+    if b * h * slots > WORDS:
+        raise NotImplementedError(
+            f"the schedule has {b * h} lists of {slots} steps: more than the {WORDS} that scalar "
+            "memory holds; take larger tiles"
+        )
+    order = xp.argsort(~visit, axis=-1, stable=True)[..., :slots]
+    slot = np.arange(slots, dtype=np.int32).reshape(1, 1, -1)
+    order = xp.take_along_axis(order, xp.minimum(slot, count[..., None] - 1), -1)
+    words = xp.take_along_axis(words, order, -1)
+    # A list shorter than the longest ends with turns on its last tile that do nothing.
+    words = xp.where(slot < count[..., None], words, words & ~15).astype(np.int32)
+    return Steps(words, slots if xp is np else count.max(), packing)
