@@ -23,6 +23,7 @@ class ModelSpec:
     vocab: int = 0
 
     causal: ClassVar[bool] = True
+    frozen: ClassVar[str] = ""  # beginning of the names of parameters that are never trained
 
     def build(self, key: jax.Array) -> nnx.Module:
         """The module with freshly drawn parameters; same key, same parameters."""

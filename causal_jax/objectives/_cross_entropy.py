@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from causal_jax.objectives._pieces import in_pieces
 from causal_jax.shapes import Array, Float, Int
 
 
@@ -43,21 +44,4 @@ def chunked_cross_entropy(
             "correct": jnp.sum((hit >= top) * weights),
         }
 
-    length = h.shape[1]
-    count = jnp.sum(weights)
-    if chunk >= length:
-        return sums(h, targets, weights) | {"count": count}
-
-    pieces = -(-length // chunk)
-    padding = ((0, 0), (0, pieces * chunk - length))
-
-    def cut(x):
-        x = jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]), 1, 0)
-
-    def body(total, piece):
-        return jax.tree.map(jnp.add, total, jax.checkpoint(sums, prevent_cse=False)(*piece)), None
-
-    zero = {name: jnp.zeros((), jnp.float32) for name in ("nll", "z2", "correct")}
-    total, _ = jax.lax.scan(body, zero, (cut(h), cut(targets), cut(weights)))
-    return total | {"count": count}
+    return in_pieces(sums, (h, targets, weights), chunk=chunk) | {"count": jnp.sum(weights)}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from causal_jax.objectives._base import Objective, objectives
 from causal_jax.objectives._cross_entropy import chunked_cross_entropy
+from causal_jax.objectives._pieces import piece_length
 
 
 @objectives.register("next_token")
@@ -34,13 +35,12 @@ class NextToken(Objective):
             positions=batch["positions"],
             key=key,
         )
-        row_bytes = 4 * batch["tokens"].shape[0] * model.spec.vocab
         sums = chunked_cross_entropy(
             h,
             model.unembed,
             batch["targets"],
             batch["weights"],
-            chunk=max(1, self.logits_mib * 2**20 // row_bytes),
+            chunk=piece_length(len(h), model.spec.vocab, self.logits_mib),
         )
         count = jnp.maximum(sums["count"], 1.0)
         scalar = (sums["nll"] + self.z_loss * sums["z2"]) / count
