@@ -3,12 +3,13 @@
     lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
 
 `lse_i` is the log of the sum of exponentials over part i's keys. Associative and commutative up to
-rounding; a part without keys (lse = -inf, o anything, NaN too) changes nothing and gets no gradient.
+rounding; a part without keys (lse = -inf, o anything, NaN too) changes nothing and gets no
+gradient.
 
     do_i = w_i do        dlse_i = w_i (do . (o_i - o) + dlse)        w_i = exp(lse_i - lse)
 
-Used wherever keys are shared out: HyperAttention, ring attention, keys split over programs, a memory
-beside a window. Paper: online softmax by parts, arXiv 2112.05682.
+Used wherever keys are shared out: HyperAttention, ring attention, keys split over programs, a
+memory beside a window. Paper: online softmax by parts, arXiv 2112.05682.
 """
 
 from collections.abc import Sequence

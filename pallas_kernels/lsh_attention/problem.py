@@ -1,7 +1,7 @@
 """What is computed: every tile of queries attends to its own block of keys and to the samples.
 
-    s_qj = scale q . k_j + bias_j         over the keys j of the tile's block, and over the samples j
-                                          that do not lie in it
+    s_qj = scale q . k_j + bias_j         over the keys j of the tile's block, and over the samples
+                                          j that do not lie in it
     o_q  = sum_j softmax_j(s_qj) v_j      lse_q = log sum_j exp(s_qj)
 
 One softmax over both, so nothing has to be merged. No kernel here: shared by kernels.

@@ -97,7 +97,7 @@ class _Lists:
         return self.operand(jnp.concatenate([self.v[self.own(at)], self.v_sample[at["p"]]], 1))
 
     def modify(self, s, at, keys_axis: int):
-        """Scores [U, .., ..] with bias and mask; the keys lie on `keys_axis`, the queries beside."""
+        """Scores [U, .., ..] with bias and mask; keys on `keys_axis`, queries on the other."""
         mine = self.x.block_sample[at["p"]] == at["block"][:, None]
         sampled = jnp.where(mine, -jnp.inf, self.x.bias_sample[at["p"]])
         bias = jnp.concatenate([self._flat(self.x.bias)[self.own(at)], sampled], 1)
