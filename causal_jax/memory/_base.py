@@ -146,6 +146,53 @@ class MemorySpec:
         Returns:
             y in v's dtype, and the state after the last token.
         """
+        if implementation not in (None, "chunked", "reference"):
+            raise InputError(
+                f"implementation={implementation!r}: expected None, 'chunked' or 'reference'"
+            )
+        if not q.shape == k.shape == v.shape or gates.theta.shape != q.shape[:3]:
+            raise InputError(
+                f"q {q.shape}, k {k.shape}, v {v.shape}, theta {gates.theta.shape}: expected three "
+                "times [B, T, N, H] and [B, T, N]"
+            )
+        if (gates.log_eta is None) == self.momentum or (gates.log_a is None) == self.decay:
+            raise InputError(
+                f"momentum={self.momentum}, decay={self.decay}: expected gates with log_eta and "
+                "log_a just where these are True"
+            )
+        state = self._known(state)
+        stored = jnp.ones(q.shape[:2], bool) if store is None else store
+        if mask is not None:
+            stored, q = stored & mask, jnp.where(mask[..., None, None], q, 0)
+        finite = jnp.isfinite(k).all((2, 3)) & jnp.isfinite(v).all((2, 3))
+        wrong = stored & ~finite
+        if self.nonfinite == "skip":
+            stored, wrong = stored & finite, jnp.zeros_like(wrong)
+        k, v = (jnp.where(stored[..., None, None], x, 0) for x in (k, v))
+        T = q.shape[1]
+        args = leaves, state, q, k, v, gates
+        if implementation == "reference":
+            y, state, ok = _reference.recurrence(self, *args, stored=stored, new=new)
+        else:
+            y, state, ok = self.chunked(*args, stored=stored, new=new, aligned=aligned, tap=tap)
+        # the first token with a bad key or value, else the first tile that left a bad memory
+        wrong = wrong | (
+            jnp.repeat(~ok.T, -(-T // ok.shape[0]), axis=1)[:, :T] & ~wrong.any(1)[:, None]
+        )
+        first = jnp.where(wrong.any(1), state.position + jnp.argmax(wrong, 1).astype(jnp.int32), -1)
+        state = dataclasses.replace(
+            state,
+            position=state.position + T,
+            bad=jnp.where(state.bad < 0, first, state.bad),
+        )
+        y = y if mask is None else jnp.where(mask[..., None, None], y, 0)
+        return y.astype(v.dtype), state
+
+    def chunked(
+        self, leaves: Leaves, state: MemState, q: Array, k: Array, v: Array, gates: Gates, *,
+        stored: Array, new: Array | None, aligned: bool, tap: Tap,
+    ) -> tuple[Array, MemState, Array]:  # fmt: skip
+        """`run` in chunks, on cleaned input: (y, state with new weights, finite after it [n, B])."""
         raise NotImplementedError(type(self).__name__)
 
     # ------------------------------------------------------------ what all memories share
@@ -266,17 +313,6 @@ class MemorySpec:
         wide = jnp.swapaxes(q.astype(jnp.float32), 1, 2)
         y = self.network.apply({**slow, **state.weights}, wide)
         return jnp.swapaxes(y, 1, 2).astype(q.dtype)
-
-    def reference(self, leaves, state, q, k, v, gates, *, mask, store, new):
-        """`run`, token after token in float32."""
-        yes = jnp.ones(q.shape[:2], bool)
-        mask, store = (yes if m is None else m for m in (mask, store))
-        wide = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
-        y, state = _reference.recurrence(
-            self, *(jnp.where(mask[..., None, None], x, 0) for x in wide), gates, leaves, state,
-            mask=mask, store=store, new=~yes if new is None else new,
-        )  # fmt: skip
-        return y.astype(v.dtype), state
 
     def _known(self, state: MemState) -> MemState:
         if state.form != self.form:

@@ -62,10 +62,14 @@ class Network:
 
     def apply(self, leaves: Leaves, x: Array) -> Array:
         """M(x)."""
-        h = x
+        out = self.features(leaves, x) @ leaves[self.matrices[-1]]
+        return self.finish(leaves.get("gamma"), x, out)
+
+    def features(self, leaves: Leaves, x: Array) -> Array:
+        """What the last matrix is multiplied with."""
         for name in self.matrices[:-1]:
-            h = self.activate(h @ leaves[name])
-        return self.finish(leaves.get("gamma"), x, h @ leaves[self.matrices[-1]])
+            x = self.activate(x @ leaves[name])
+        return x
 
     def finish(self, gamma: Array | None, x: Array, out: Array) -> Array:
         """What is done with the last matrix's output; gamma [..., H] or one per token."""

@@ -16,28 +16,34 @@ import jax.numpy as jnp
 from causal_jax.memory._state import Gates, MemState
 
 
-def recurrence(spec, q, k, v, gates: Gates, memory, state: MemState, *, mask, store, new):
-    """(y [B, T, N, H'], state): see `MemorySpec.run`; mask, store, new are all [B, T]."""
+def recurrence(spec, memory, state: MemState, q, k, v, gates: Gates, *, stored, new):
+    """(y [B, T, N, H'], state, finite after every token [T, B]): see `MemorySpec.run`."""
     fast = {name: memory[name] for name in spec.fast_leaves}
     slow = {name: leaf for name, leaf in memory.items() if name not in fast}
     carry = {
         "W": state.weights, "S": state.momentum, "A": state.anchor, "position": state.position,
-        "bad": state.bad, "pending": state.pending, "recent": state.recent,
+        "pending": state.pending, "recent": state.recent,
     }  # fmt: skip
     body = functools.partial(_token, spec)
-    # heads, then rows; position, bad, stored are one per row inside a head too
-    heads = lambda x: _per_head(x, q.shape[2])  # noqa: E731
-    carry, tokens = heads(carry), (q, k, v, gates)
-    tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (tokens, mask, store, new))
-    over_heads = jax.vmap(body, in_axes=(0, 0, 0, (0, None, None, None)))
+    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+    new = jnp.zeros_like(stored) if new is None else new
+    tokens = (q, k, v, gates), stored, new
+    tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)
+    over_heads = jax.vmap(body, in_axes=(0, 0, 0, (0, None, None)))
     over_rows = jax.vmap(over_heads, in_axes=(0, None, None, 0))
-    carry, y = jax.lax.scan(lambda c, x: over_rows(c, fast, slow, x), carry, tokens)
-    return jnp.swapaxes(y, 0, 1), _per_row(state, carry)
+
+    def token(carry, x):
+        carry, y = over_rows(carry, fast, slow, x)
+        ok = jnp.stack([jnp.isfinite(w).all(range(1, w.ndim)) for w in carry["W"].values()])
+        return carry, (y, ok.all(0))
+
+    carry, (y, ok) = jax.lax.scan(token, _per_head(carry, q.shape[2]), tokens)
+    return jnp.swapaxes(y, 0, 1), _per_row(state, carry), ok
 
 
 def _token(spec, carry, initial, slow, x):
     """One token of one head."""
-    (q, k, v, gates), live, store, new = x
+    (q, k, v, gates), written, new = x
     start = functools.partial(jax.tree.map, lambda i, a: jnp.where(new, i, a))
     zero = functools.partial(jax.tree.map, jnp.zeros_like)
     W = start(initial, carry["W"])
@@ -51,9 +57,6 @@ def _token(spec, carry, initial, slow, x):
 
     M = lambda leaves, x: spec.apply_head({**slow, **leaves}, x)  # noqa: E731
     y = M(W, q)
-    ok = jnp.isfinite(k).all() & jnp.isfinite(v).all()
-    written = live & store & (ok if spec.nonfinite == "skip" else True)
-    k, v = jnp.where(written, k, 0), jnp.where(written, v, 0)
 
     def surprise(k, v):
         half = lambda leaves: 0.5 * spec.loss_scale(v.shape[-1]) * jnp.sum((M(leaves, k) - v) ** 2)  # noqa: E731
@@ -75,9 +78,6 @@ def _token(spec, carry, initial, slow, x):
         push = lambda old, x: jnp.concatenate([old, x[None]])[1:]  # noqa: E731
         recent = {n: push(recent[n], x) for n, x in (("k", k), ("v", v), ("gamma", gamma))}
     u = jax.tree.map(lambda x: gates.theta * x, u)
-    bad = written & ~jnp.all(jnp.stack([jnp.isfinite(x).all() for x in u.values()]))
-    bad = jnp.where((carry["bad"] < 0) & bad, at, carry["bad"])
-
     due = written
     if spec.gate_chunk > 1:
         stored = jnp.where(new, 0, pending["stored"]) + written
@@ -95,18 +95,15 @@ def _token(spec, carry, initial, slow, x):
     W1 = jax.tree.map(lambda w, i, s: i + a * (w - i) + s, W, target, S1)
     choose = functools.partial(jax.tree.map, lambda n, o: jnp.where(due, n, o))
     W, S = choose(W1, W), None if S is None else choose(S1, S)
-    y = jnp.where(live, M(W, q) if spec.read_at == "post" else y, 0)
-    carry = {
-        "W": W, "S": S, "A": A, "position": at + 1, "bad": bad, "pending": pending,
-        "recent": recent,
-    }  # fmt: skip
+    y = M(W, q) if spec.read_at == "post" else y
+    carry = {"W": W, "S": S, "A": A, "position": at + 1, "pending": pending, "recent": recent}
     return carry, y
 
 
 def _per_head(carry, heads):
     """Values that a row's heads share, once per head; recent tokens by head."""
     spread = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], heads))  # noqa: E731
-    carry = {**carry, "position": spread(carry["position"]), "bad": spread(carry["bad"])}
+    carry = {**carry, "position": spread(carry["position"])}
     if carry["pending"] is not None:
         pending = carry["pending"]
         carry["pending"] = {"surprise": pending["surprise"], "stored": spread(pending["stored"])}
@@ -121,9 +118,7 @@ def _per_row(state: MemState, carry) -> MemState:
         pending = {**state.pending, **pending, "stored": pending["stored"][:, 0]}
     if recent is not None:
         recent = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), recent)
-    bad = carry["bad"]
-    first = jnp.where(bad < 0, jnp.iinfo(bad.dtype).max, bad).min(1)
     return dataclasses.replace(
         state, weights=carry["W"], momentum=carry["S"], anchor=carry["A"], pending=pending,
-        recent=recent, position=carry["position"][:, 0], bad=jnp.where(bad.max(1) < 0, -1, first),
+        recent=recent,
     )  # fmt: skip

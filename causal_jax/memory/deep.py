@@ -14,6 +14,7 @@ from typing import Literal
 from causal_jax.errors import InputError
 from causal_jax.memory._base import Case, MemorySpec, _sigmoid, memories
 from causal_jax.memory._network import Act, Around, Network
+from causal_jax.memory._reference import recurrence
 
 
 @memories.register("deep", cases=(Case((2, 19, 2, 8), {"anchor": 4}),))
@@ -91,9 +92,6 @@ class Deep(MemorySpec):
         """2 / width for the mean."""
         return 2.0 / width if self.mean_loss else 1.0
 
-    def run(
-        self, leaves, state, q, k, v, gates, *, mask=None, store=None, new=None, aligned=False,
-        tap=None, implementation=None,
-    ):  # fmt: skip
-        """Write and read; see `MemorySpec.run`."""
-        return self.reference(leaves, state, q, k, v, gates, mask=mask, store=store, new=new)
+    def chunked(self, leaves, state, q, k, v, gates, *, stored, new, aligned, tap):
+        """Token after token, for now."""
+        return recurrence(self, leaves, state, q, k, v, gates, stored=stored, new=new)

@@ -9,12 +9,21 @@ the last layer only does best among such layers according to arXiv 2602.21204.
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from causal_jax.errors import InputError
 from causal_jax.memory._base import Case, MemorySpec, memories
 from causal_jax.memory._network import Act, Network
+from causal_jax.memory.delta import run_linear
 
 
-@memories.register("last_layer", cases=(Case((2, 19, 2, 8)),))
+@memories.register(
+    "last_layer",
+    cases=(
+        Case((2, 19, 2, 8), {"tile": 8, "expansion": 2}),
+        Case((1, 11, 2, 4), {"tile": 4, "depth": 3, "residual": False, "act": "silu"}),
+    ),
+)
 @dataclasses.dataclass(frozen=True)
 class LastLayer(MemorySpec):
     """Deep memory of which the last matrix learns while reading.
@@ -52,9 +61,15 @@ class LastLayer(MemorySpec):
         """The last matrix."""
         return (self.network.matrices[-1],)
 
-    def run(
-        self, leaves, state, q, k, v, gates, *, mask=None, store=None, new=None, aligned=False,
-        tap=None, implementation=None,
-    ):  # fmt: skip
-        """Write and read; see `MemorySpec.run`."""
-        return self.reference(leaves, state, q, k, v, gates, mask=mask, store=store, new=new)
+    def chunked(self, leaves, state, q, k, v, gates, *, stored, new, aligned, tap):
+        """`momentum_delta` on features."""
+        M, last = self.network, self.fast_leaves[0]
+        slow = {n: w[None] for n, w in leaves.items() if n != last}
+        features = lambda x: jnp.swapaxes(M.features(slow, jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
+        q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+        target = v - k if self.residual else v
+        y, state, ok = run_linear(
+            self, last, leaves[last], state, features(q), features(k), target, gates, stored, new,
+            tap,
+        )  # fmt: skip
+        return y + q if self.residual else y, state, ok
