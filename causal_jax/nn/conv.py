@@ -1,6 +1,6 @@
 """Depthwise causal convolution over time: a few taps per channel, the past only.
 
-    y_t = sum_{i < W} w_i * x_{t - W + 1 + i}    x = 0 before the sequence; w_{W-1}: the current token
+    y_t = sum_{i < W} w_i * x_{t - W + 1 + i}    x = 0 before the sequence; w_{W-1}: current token
 
 Cost W multiplications per channel and position. No bias, no activation: what follows decides. Used
 on queries and keys before linear attention (LAWCAT, arXiv 2509.18467) and on the projections of
