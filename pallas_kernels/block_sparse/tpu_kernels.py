@@ -138,7 +138,7 @@ def _specs(cfg: Config, listed: Listed, arrays: list[tuple[str, tuple[int, ...]]
             word = _word(listed, batch, head, n, words)
             row, column, query_head = _tile(cfg, listed, head, word)
             tile = row if side[0] == "q" else column
-            own = query_head // cfg.groups if side == "k" else query_head
+            own = lax.div(query_head, cfg.groups) if side == "k" else query_head
             where = (batch if shape[0] > 1 else 0, own if shape[1] > 1 else 0)
             return (*where, 0, tile) if flat else (*where, tile, 0)
 
