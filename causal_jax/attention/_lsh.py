@@ -7,15 +7,13 @@ so that sorting by rank puts buckets side by side whose codes differ in exactly 
 product is computed in float32: in half precision codes flip near a hyperplane.
 """
 
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
 from causal_jax.errors import InputError
 from causal_jax.shapes import Array, Float, Int, Key
 
-Order = Literal["rank", "gray", "binary"]
+ORDERS = ("rank", "gray", "binary")
 MOST = 30  # bits of a code in an int32
 
 
@@ -25,7 +23,7 @@ def angular_lsh(key: Key[Array, ""], width: int, projections: int) -> Float[Arra
 
 
 def lsh_rank(
-    x: Float[Array, "*B H"], proj: Float[Array, "H r"], order: Order = "rank"
+    x: Float[Array, "*B H"], proj: Float[Array, "H r"], order: str = "rank"
 ) -> Int[Array, "*B"]:
     """Where the bucket of each vector stands, in [0, 2^r).
 
@@ -46,7 +44,7 @@ def lsh_rank(
     return ordered(side.astype(jnp.int32) @ (1 << jnp.arange(r, dtype=jnp.int32)), order)
 
 
-def ordered(code: Int[Array, "*B"], order: Order) -> Int[Array, "*B"]:
+def ordered(code: Int[Array, "*B"], order: str) -> Int[Array, "*B"]:
     """The place of a code among all codes."""
     if order == "gray":
         return code ^ (code >> 1)
@@ -58,5 +56,5 @@ def ordered(code: Int[Array, "*B"], order: Order) -> Int[Array, "*B"]:
 
 def check_order(order: str) -> None:
     """Refuse an unknown order."""
-    if order not in get_args(Order):
-        raise InputError(f"order={order!r}: expected one of {', '.join(get_args(Order))}")
+    if order not in ORDERS:
+        raise InputError(f"order={order!r}: expected one of {', '.join(ORDERS)}")

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
 from causal_jax.attention._implementations import target
-from causal_jax.attention._lsh import Order, angular_lsh, check_order, lsh_rank
+from causal_jax.attention._lsh import angular_lsh, check_order, lsh_rank
 from causal_jax.attention.dense import (
     _check,
     _check_mask,
@@ -64,7 +64,7 @@ class _Settings(NamedTuple):
 
     block_size: int
     sample_size: int
-    order: Order
+    order: str
     center: bool
     strict: bool
     scale: float
@@ -84,7 +84,7 @@ def hyper_attention(
     lsh_num_projs: int = 7,
     min_seq_len: int = 4096,
     causal_strict: bool = True,
-    order: Order = "rank",
+    order: str = "rank",
     center: bool = False,
     scale: float | None = None,
     q_offset: int | Int[Array, "B"] = 0,
@@ -123,6 +123,7 @@ def hyper_attention(
     """
     _check(q, k, v, mask, None, None, None, scale)
     _check_sizes(block_size, sample_size, lsh_num_projs, min_seq_len)
+    check_order(order)
     if implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
         raise InputError(f"implementation={implementation!r}: expected None or one of {known}")
@@ -473,7 +474,7 @@ class HyperAttention(AttentionSpec):
     lsh_num_projs: int = 7
     min_seq_len: int = 4096
     causal_strict: bool = True
-    order: Order = "rank"
+    order: str = "rank"
     center: bool = False
     scale: float | None = None
     seed: int | None = None
