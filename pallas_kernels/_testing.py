@@ -1,9 +1,9 @@
 """Kernels without their hardware: two interpreters, compilation ahead of time, GPU lowering.
 
-    interpret=True                 plain XLA: values
-    interpret=tpu_interpreter()    simulated memory spaces, semaphores and copies; finds races
-    compile_for_tpu(f, *shapes)    the real compiler for a chip that is elsewhere (needs libtpu)
-    lower_for_gpu(f, *shapes)      Mosaic GPU down to its module: types, layouts, barriers
+interpret=True                 plain XLA: values
+interpret=tpu_interpreter()    simulated memory spaces, semaphores and copies; finds races
+compile_for_tpu(f, *shapes)    the real compiler for a chip that is elsewhere (needs libtpu)
+lower_for_gpu(f, *shapes)      Mosaic GPU down to its module: types, layouts, barriers
 """
 
 import importlib.util

@@ -58,29 +58,52 @@ class Steps:
         words: int32 [b, h, n]; b and h are 1 where all batch rows or heads share it.
         count: how many steps the longest list has; an int if it is known on the host.
         packing: reads the words.
+        stored: int32 like words: which of the partial tiles this is (in the order of the grid).
     """
 
     words: Any
     count: Any
     packing: Packing
+    stored: Any
 
 
 def by_query_tile(grid: Any) -> Steps:
     """Steps for o and dq from the kinds of all tiles, int8 [b, h, nq, nk]."""
-    return _flatten(grid, 1)
+    return _flatten(grid, _number(grid), 1)
 
 
 def by_key_tile(grid: Any, groups: int) -> Steps:
     """Steps for dk and dv; per kv head, its `groups` query heads one after another."""
     xp: Any = np if isinstance(grid, np.ndarray) else jnp
     b, h, nq, nk = grid.shape
-    grid = grid.reshape(b, max(1, h // groups), groups if h > 1 else 1, nq, nk)
-    grid = xp.broadcast_to(grid, (*grid.shape[:2], groups, nq, nk))
-    return _flatten(grid.transpose(0, 1, 4, 2, 3).reshape(*grid.shape[:2], nk, groups * nq), groups)
+
+    def turned(x):
+        x = x.reshape(b, max(1, h // groups), groups if h > 1 else 1, nq, nk)
+        x = xp.broadcast_to(x, (*x.shape[:2], groups, nq, nk)).transpose(0, 1, 4, 2, 3)
+        return x.reshape(*x.shape[:2], nk, groups * nq)
+
+    return _flatten(turned(grid), turned(_number(grid)), groups)
 
 
-def _flatten(kind: Any, groups: int) -> Steps:
-    """From kinds [b, h, outer, groups * inner]."""
+def partial_tiles(grid: Any) -> tuple[Any, Any]:
+    """(row, column) of the partial tiles, [b, h, P], in the order of the grid; P is the most that
+    some batch row and head has, or all where that is not known on the host."""
+    xp: Any = np if isinstance(grid, np.ndarray) else jnp
+    flat = (grid == PARTIAL).reshape(*grid.shape[:2], -1)
+    most = max(1, int(flat.sum(-1).max())) if xp is np else flat.shape[-1]
+    at = xp.argsort(~flat, axis=-1, stable=True)[..., :most].astype(np.int32)
+    return at // grid.shape[3], at % grid.shape[3]
+
+
+def _number(grid: Any) -> Any:
+    """0, 1, ... for the partial tiles of a batch row and head; anything else for others."""
+    flat = (grid == PARTIAL).reshape(*grid.shape[:2], -1).astype(np.int32)
+    number = (flat.cumsum(-1) - 1).reshape(grid.shape)
+    return number.clip(0)
+
+
+def _flatten(kind: Any, number: Any, groups: int) -> Steps:
+    """From kinds and numbers [b, h, outer, groups * inner]."""
     xp: Any = np if isinstance(kind, np.ndarray) else jnp
     b, h, outer, wide = kind.shape
     packing = Packing.of(wide // groups, outer, groups)
@@ -112,4 +135,5 @@ def _flatten(kind: Any, groups: int) -> Steps:
     words = xp.take_along_axis(words, order, -1)
     # A list shorter than the longest ends with turns on its last tile that do nothing.
     words = xp.where(slot < count[..., None], words, words & ~15).astype(np.int32)
-    return Steps(words, slots if xp is np else count.max(), packing)
+    stored = xp.take_along_axis(number.reshape(b, h, -1), order, -1).astype(np.int32)
+    return Steps(words, slots if xp is np else count.max(), packing, stored)

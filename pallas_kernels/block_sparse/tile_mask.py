@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
+from pallas_kernels.block_sparse.steps import partial_tiles
+
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
 _HANDED = (jnp.bool_, jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.uint16, jnp.float32)
 
@@ -52,8 +54,8 @@ class TileMask:
     """A mask that kernels can run.
 
     Attributes:
-        vectors: int32 or float32 [B|1, N|1, 1, T or S].
-        axes: for each vector "q" or "k".
+        vectors: int32 or float32 [B|1, N|1, 1, T or S]; or one int8 [B|1, N|1, P bq, bk].
+        axes: for each vector "q" or "k"; "stored" for tiles of the mask itself.
         run: `run(shape, b, h, i, j, tiles) -> bool tile`; all but `shape` int32 scalars or tiles,
             `tiles` being the vectors broadcast to the shape.
     """
@@ -67,7 +69,7 @@ def cut(mask: Any, sizes: tuple[int, int, int, int], offset: jax.Array) -> TileM
     """The mask for B, N, T, S (both lengths above 1), or None if it looks up query and key at once.
 
     Args:
-        offset: int32 [B], absolute index of query 0.
+        offset: int32 [B] or [1], absolute index of query 0.
     """
     B, N, T, S = sizes
     index = (
@@ -96,6 +98,37 @@ def cut(mask: Any, sizes: tuple[int, int, int, int], offset: jax.Array) -> TileM
     axes = tuple("k" if n.aval.shape and n.aval.shape[3] > 1 else "q" for n in handed)
     vectors = tuple(_vector(x, T if axis == "q" else S, axis) for x, axis in zip(vectors, axes))
     return TileMask(vectors, axes, functools.partial(_run, root, order, handed))
+
+
+def stored(
+    mask: Any, apart: tuple[int, int], kinds: Any, tiles: Any, offset: jax.Array
+) -> TileMask:
+    """The partial tiles of any mask, written out: P block_q block_k bytes.
+
+    Args:
+        apart: how many batch rows and heads the mask tells apart.
+        kinds: int8 [B|1, N|1, nq, nk].
+        offset: int32 [B] or [1].
+    """
+    rows, columns = (jnp.asarray(x) for x in partial_tiles(kinds))
+    b = jnp.arange(max(apart[0], offset.shape[0]), dtype=jnp.int32).reshape(-1, 1, 1, 1)
+    h = jnp.arange(apart[1], dtype=jnp.int32).reshape(1, -1, 1, 1)
+    di = jnp.arange(tiles.block_q, dtype=jnp.int32).reshape(1, 1, -1, 1)
+    dj = jnp.arange(tiles.block_k, dtype=jnp.int32).reshape(1, 1, 1, -1)
+
+    def tile(at):
+        row, column = (x[:, :, None, None] for x in at)
+        i = row * tiles.block_q + di + offset.reshape(-1, 1, 1, 1)
+        return mask(b, h, i, column * tiles.block_k + dj).astype(jnp.int8)
+
+    every = lax.map(tile, (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(columns, 2, 0)))
+    store = jnp.moveaxis(every, 0, 2)
+    store = store.reshape(*store.shape[:2], -1, tiles.block_k)
+    return TileMask((store,), ("stored",), _read_stored)
+
+
+def _read_stored(shape, b, h, i, j, tiles):
+    return tiles[0] != 0
 
 
 class _Uncut(Exception):

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse import tpu_kernels
 from pallas_kernels.block_sparse.schedule import Tiles
-from pallas_kernels.block_sparse.steps import by_key_tile, by_query_tile
-from pallas_kernels.block_sparse.tile_mask import cut
+from pallas_kernels.block_sparse.steps import Steps, by_key_tile, by_query_tile
+from pallas_kernels.block_sparse.tile_mask import cut, stored
 from pallas_kernels.block_sparse.tpu_kernels import LANES, Config, Listed
 
 
@@ -42,6 +42,7 @@ def block_sparse_attention(
     sinks: jax.Array | None = None,
     q_offset: Any = 0,
     tiles: Tiles | None = None,
+    apart: tuple[int, int] | None = None,
     interpret: Any = False,
     work: bool = False,
 ) -> tuple[jax.Array, ...]:
@@ -56,6 +57,7 @@ def block_sparse_attention(
         soft_cap: s -> soft_cap tanh(s / soft_cap).
         sinks: [N] logits of a virtual key without value.
         q_offset: int or [B], absolute index of the first query.
+        apart: how many batch rows and heads the mask tells apart (default: all).
         interpret: False on a TPU; True or `pltpu.InterpretParams` elsewhere.
         work: also return how many tiles were multiplied, int32 [B, N, nq].
 
@@ -73,10 +75,11 @@ def block_sparse_attention(
     tiles = legal_tiles(tiles or Tiles(), T, S)
     bq, bk = tiles.block_q, tiles.block_k
     q, k, v = (_pad(x.transpose(0, 2, 1, 3), n) for x, n in ((q, bq), (k, bk), (v, bk)))
-    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
+    offset = jnp.asarray(q_offset, jnp.int32).reshape(-1)  # [1] or [B]
     made = cut(mask, (B, N, q.shape[2], k.shape[2]), offset)
     if made is None:
-        raise NotImplementedError("tpu: the mask looks something up by query and key at once")
+        made = stored(mask, apart or (B, N), kinds, tiles, offset)
+    offset = jnp.broadcast_to(offset, (B,))
     rows, columns = by_query_tile(kinds), by_key_tile(kinds, N // K)
     cfg = Config(
         scale=float(scale),
@@ -94,7 +97,7 @@ def block_sparse_attention(
         work=work,
     )
     sinks = jnp.zeros(N, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    steps = tuple((jnp.asarray(x.words).reshape(-1), x.count) for x in (rows, columns))
+    steps = tuple(_operands(x) for x in (rows, columns))
     o, lse, *rest = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         cfg, q, k, v, sinks, offset, made.vectors, steps
     )
@@ -117,6 +120,10 @@ def legal_tiles(tiles: Tiles, queries: int, keys: int) -> Tiles:
         for size, length in ((tiles.block_q, queries), (tiles.block_k, keys))
     )
     return Tiles(*sides)
+
+
+def _operands(steps: Steps):
+    return *(jnp.asarray(x).reshape(-1) for x in (steps.words, steps.stored)), steps.count
 
 
 def _pad(x, multiple: int):

@@ -76,7 +76,7 @@ class _Turn:
 
     cfg: Config
     listed: Listed
-    scalars: Any  # words, offset, sinks
+    scalars: Any  # words, stored, offset, sinks
     vectors: Any
 
     def __post_init__(self):
@@ -93,9 +93,13 @@ class _Turn:
         j = self.column * cfg.block_k + lax.broadcasted_iota(jnp.int32, shape, 1 - flip)
         tiles = []
         for ref, axis in zip(self.vectors, cfg.axes):
+            if axis == "stored":
+                x = ref[...].astype(jnp.float32)
+                tiles.append(x.T if flip else x)
+                continue
             x = ref[...] if (axis == "q") == flip else ref[0][:, None]
             tiles.append(jnp.broadcast_to(x, shape))
-        i = i + self.scalars[1][self.batch]
+        i = i + self.scalars[2][self.batch]
         ok = cfg.mask(shape, self.batch, self.query_head, i, j, tiles)
         return ok & (j < cfg.keys) if cfg.keys % cfg.block_k else ok
 
@@ -128,20 +132,24 @@ def _tile(cfg: Config, listed: Listed, head, word):
 
 def _specs(cfg: Config, listed: Listed, arrays: list[tuple[str, tuple[int, ...]]]):
     """A block per array. Names of sides: "q" and "k" [b, heads, length, width], "q^" and "k^"
-    [b, heads, 1, length]; a batch or heads axis of 1 is shared."""
+    [b, heads, 1, length], "stored" [b, heads, P block_q, block_k]; an axis of 1 is shared."""
 
     def spec(side, shape):
         block = cfg.block_q if side[0] == "q" else cfg.block_k
         flat = side.endswith("^")
 
-        def at(batch, head, n, words, *_):
+        def at(batch, head, n, words, stored, *_):
             word = _word(listed, batch, head, n, words)
             row, column, query_head = _tile(cfg, listed, head, word)
             tile = row if side[0] == "q" else column
             own = lax.div(query_head, cfg.groups) if side == "k" else query_head
             where = (batch if shape[0] > 1 else 0, own if shape[1] > 1 else 0)
+            if side == "stored":
+                return *where, _word(listed, batch, head, n, stored), 0
             return (*where, 0, tile) if flat else (*where, tile, 0)
 
+        if side == "stored":
+            return pl.BlockSpec((None, None, cfg.block_q, cfg.block_k), at)
         return pl.BlockSpec((None, None, *((1, block) if flat else (block, shape[3]))), at)
 
     return [spec(side, shape) for side, shape in arrays]
@@ -156,7 +164,7 @@ def _call(cfg, listed, kernel, grid, scalars, inputs, outputs, scratch, name):
         out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
         out_shape.append(jax.ShapeDtypeStruct((B * N * (T // cfg.block_q),), jnp.int32))
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=4,
         grid=grid,
         in_specs=_specs(cfg, listed, [(side, x.shape) for side, x in inputs]),
         out_specs=out_specs,
@@ -179,13 +187,13 @@ def forward(cfg: Config, q, k, v, scalars, steps, vectors):
     count = len(cfg.axes)
 
     def kernel(*refs):
-        scalars, (q, k, v), refs = refs[:3], refs[3:6], refs[6:]
+        scalars, (q, k, v), refs = refs[:4], refs[4:7], refs[7:]
         vectors, (o, lse, *work), (m_ref, l_ref, acc) = refs[:count], refs[count:-3], refs[-3:]
         turn = _Turn(cfg, cfg.rows, scalars, vectors)
 
         @pl.when(turn.first)
         def _():
-            m = scalars[2][turn.head] if cfg.sinks else -jnp.inf
+            m = scalars[3][turn.head] if cfg.sinks else -jnp.inf
             m_ref[...] = jnp.full(m_ref.shape, m, jnp.float32)
             l_ref[...] = jnp.where(m_ref[...] == -jnp.inf, 0.0, 1.0)
             acc[...] = jnp.zeros(acc.shape, jnp.float32)
@@ -222,9 +230,9 @@ def forward(cfg: Config, q, k, v, scalars, steps, vectors):
     inputs = [("q", q), ("k", k), ("k", v), *_handed(cfg, vectors)]
     outputs = [("q", (B, N, T, width), v.dtype), ("q^", (B, N, 1, T), jnp.float32)]
     scratch = [(bq, LANES), (bq, LANES), (bq, width)]
-    grid = (B, N, steps[1])
+    grid = (B, N, steps[2])
     return _call(
-        cfg, cfg.rows, kernel, grid, (steps[0], *scalars), inputs, outputs, scratch,
+        cfg, cfg.rows, kernel, grid, (*steps[:2], *scalars), inputs, outputs, scratch,
         "block_sparse_o",
     )  # fmt: skip
 
@@ -234,7 +242,8 @@ def _counter(turn: _Turn, heads: int, rows: int):
 
 
 def _handed(cfg: Config, vectors):
-    return [(axis + "^", x) for axis, x in zip(cfg.axes, vectors)]
+    sides = (axis if axis == "stored" else axis + "^" for axis in cfg.axes)
+    return list(zip(sides, vectors))
 
 
 def backward_q(cfg: Config, q, k, v, do, far, delta, scalars, steps, vectors):
@@ -242,7 +251,7 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, scalars, steps, vectors):
     B, N, _, H = q.shape
 
     def kernel(*refs):
-        scalars, (q, k, v, do, far, delta), refs = refs[:3], refs[3:9], refs[9:]
+        scalars, (q, k, v, do, far, delta), refs = refs[:4], refs[4:10], refs[10:]
         *vectors, dq, acc = refs
         turn = _Turn(cfg, cfg.rows, scalars, vectors)
 
@@ -270,7 +279,7 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, scalars, steps, vectors):
     inputs += _handed(cfg, vectors)
     outputs = [("q", q.shape, q.dtype)]
     return _call(
-        cfg, cfg.rows, kernel, (B, N, steps[1]), (steps[0], *scalars), inputs, outputs,
+        cfg, cfg.rows, kernel, (B, N, steps[2]), (*steps[:2], *scalars), inputs, outputs,
         [(cfg.block_q, H)], "block_sparse_dq",
     )[0]  # fmt: skip
 
@@ -280,7 +289,7 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, scalars, steps, vectors):
     B, K, _, H = k.shape
 
     def kernel(*refs):
-        scalars, (q, k, v, do, far, delta), refs = refs[:3], refs[3:9], refs[9:]
+        scalars, (q, k, v, do, far, delta), refs = refs[:4], refs[4:10], refs[10:]
         *vectors, dk, dv, dk_acc, dv_acc = refs
         turn = _Turn(cfg, cfg.columns, scalars, vectors)
 
@@ -314,6 +323,6 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, scalars, steps, vectors):
     outputs = [("k", k.shape, k.dtype), ("k", v.shape, v.dtype)]
     scratch = [(cfg.block_k, H), (cfg.block_k, v.shape[3])]
     return _call(
-        cfg, cfg.columns, kernel, (B, K, steps[1]), (steps[0], *scalars), inputs, outputs, scratch,
-        "block_sparse_dkv",
+        cfg, cfg.columns, kernel, (B, K, steps[2]), (*steps[:2], *scalars), inputs, outputs,
+        scratch, "block_sparse_dkv",
     )  # fmt: skip
