@@ -1,0 +1,111 @@
+"""Retrieval in long filler: an oracle that reads the prompt finds the answer, at any length."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from causal_jax.data.tasks import parse_tasks
+from causal_jax.data.tasks.babilong import Babilong
+from causal_jax.data.tasks.passkey import Passkey
+from causal_jax.data.tasks.sniah import Sniah
+from causal_jax.errors import InputError
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("length", [7, 8, 48, 384])
+def test_passkey_stands_behind_its_marker(length, noise):
+    task = Passkey(length=length, noise=noise)
+    batch = task.batch(3, range(40))
+    whole = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], 1)
+    assert whole.shape == (40, length + 1)
+    marker, question = task.symbols, task.symbols + 1
+    for row, weights in zip(whole, batch["weights"], strict=True):
+        (at,), (asked,) = np.flatnonzero(row == marker), np.flatnonzero(row == question)
+        np.testing.assert_array_equal(row[at + 1 : at + 4], row[asked + 1 :])
+        assert asked == length - 3
+        np.testing.assert_array_equal(np.flatnonzero(weights), [length - 3, length - 2, length - 1])
+        rest = np.delete(row[:asked], np.arange(at, at + 4))
+        assert np.all(rest > question)
+        if not noise:
+            np.testing.assert_array_equal(rest, question + 1 + np.arange(len(rest)) % task.period)
+
+
+def test_passkey_stands_at_its_depth():
+    for depth, place in ((0.0, 0), (1.0, 40), (0.5, 20)):
+        row = Passkey(length=47, depth=depth).sample(0, 0)["tokens"]
+        assert int(np.flatnonzero(row == 10)[0]) == place
+    places = np.argmax(Passkey(length=47).batch(0, range(500))["tokens"] == 10, 1)
+    assert set(places) == set(range(41))
+
+
+@pytest.mark.parametrize("kind", ["pk", "n", "w"])
+@pytest.mark.parametrize("length", [300, 3000])
+def test_sniah_has_one_needle(kind, length):
+    for prompt, answer in Sniah(length=length, kind=kind).texts(1, range(20)):
+        assert len(prompt) + len(answer) == length
+        word = re.findall(r"for (\S+) mentioned in the text", prompt)[0]
+        found = re.findall(rf"special magic \w+ for {word} is: (\S+)\. ", prompt)
+        if kind == "n" or kind == "pk":
+            found = re.findall(rf"special magic numbers for {word} is: (\d{{7}})\. ", prompt)
+        else:
+            found = re.findall(rf"special magic uuids for {word} is: ([0-9a-f-]{{36}})\. ", prompt)
+        assert [f" {value}" for value in found] == [answer]
+
+
+def follow(prompt):
+    """Plays the story: where the thing is, and where it was before."""
+    thing = re.findall(r"Where (?:is|was) the (\w+)", prompt)[0]
+    carrier, where, history = None, {}, []
+    for who, did, what in re.findall(r"([A-Z]\w+) (took|dropped|went to) the (\w+)\. ", prompt):
+        if did == "took" and what == thing:
+            carrier = who
+        elif did == "dropped" and what == thing:
+            carrier = None
+        elif did == "went to":
+            where[who] = what
+            if who == carrier:
+                history.append(what)
+    before = re.findall(r"before the (\w+)\?", prompt)
+    return history[history.index(before[0]) - 1] if before else history[-1]
+
+
+@pytest.mark.parametrize("kind", ["qa2", "qa3"])
+@pytest.mark.parametrize("extra", [0, 6])
+def test_babilong_follows_its_story(kind, extra):
+    for length in (470, 2000):
+        texts = Babilong(length=length, kind=kind, extra=extra).texts(2, range(60))
+        for prompt, answer in texts:
+            assert len(prompt) + len(answer) == length
+            assert answer == f" {follow(prompt)}"
+        assert len({answer for _, answer in texts}) == 6
+
+
+@pytest.mark.parametrize("task", [Passkey(), Sniah(kind="w"), Babilong(kind="qa3")], ids=str)
+def test_rows_depend_on_seed_and_index_alone(task):
+    batch, twin = task.batch(5, [7, 1, 900]), dataclasses.replace(task)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(twin.batch(5, [1, 900, 7])[name], value[[1, 2, 0]])
+        assert value.shape == (3, task.length)
+    assert np.any(task.batch(6, [7])["tokens"] != batch["tokens"][:1])
+    assert batch["tokens"].max() < task.vocab
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("passkey:length=6", "length"),
+        ("passkey:depth=2", "depth"),
+        ("passkey:symbols=1", "symbols"),
+        ("sniah:length=100", "length"),
+        ("sniah:digits=0", "digits"),
+        ("babilong:length=100", "length"),
+        ("babilong:extra=-1", "extra"),
+    ],
+)
+def test_impossible_dials_are_named(line, field):
+    with pytest.raises(InputError, match=field):
+        parse_tasks(line)
+    with pytest.raises(InputError, match="kind"):
+        Sniah(kind="x")  # pyright: ignore[reportArgumentType]
