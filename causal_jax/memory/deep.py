@@ -11,13 +11,30 @@ Paper: Titans, arXiv 2501.00663, section 3.2; the Omega rule of Atlas, arXiv 250
 import dataclasses
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
 from causal_jax.errors import InputError
+from causal_jax.memory._anchored import Chunk
 from causal_jax.memory._base import Case, MemorySpec, _sigmoid, memories
+from causal_jax.memory._frames import chunk_form, token_form
 from causal_jax.memory._network import Act, Around, Network
 from causal_jax.memory._reference import recurrence
 
 
-@memories.register("deep", cases=(Case((2, 19, 2, 8), {"anchor": 4}),))
+@memories.register(
+    "deep",
+    cases=(
+        Case((2, 19, 2, 8), {"anchor": 4, "theta_max": 0.3}),
+        Case((2, 19, 2, 4), {"anchor": 8, "gate_chunk": 4, "depth": 3, "fast": "all", "clip": 0.5}),
+        Case((2, 19, 1, 4), {"anchor": 8, "omega": 3, "decay_to": "init", "around": "residual"}),
+        Case((2, 19, 1, 4), {"anchor": None, "gate_chunk": 4, "mean_loss": True, "read_at": "pre"}),
+        Case((1, 19, 2, 4), {"anchor": None, "depth": 1, "around": "none", "read_at": "pre"}),
+        Case((1, 19, 1, 4), {"anchor": 6, "momentum": False, "fast": "all", "nonfinite": "skip"}),
+        Case((1, 13, 1, 4), {"anchor": 1, "theta_max": 0.3}),
+    ),
+)
 @dataclasses.dataclass(frozen=True)
 class Deep(MemorySpec):
     """Deep memory with anchored gradients.
@@ -93,5 +110,24 @@ class Deep(MemorySpec):
         return 2.0 / width if self.mean_loss else 1.0
 
     def chunked(self, leaves, state, q, k, v, gates, *, stored, new, aligned, tap):
-        """Token after token, for now."""
-        return recurrence(self, leaves, state, q, k, v, gates, stored=stored, new=new)
+        """In chunks of `anchor` or `gate_chunk` tokens; a few tokens off their border one by one."""
+        T = q.shape[1]
+        chunk = self.gate_chunk if self.gate_chunk > 1 else self.anchor
+        known = aligned and chunk and not isinstance(state.position, Tracer)
+        at = jax.device_get(state.position).tolist() if known else []
+        if any(p % chunk for p in at):
+            raise InputError(f"aligned=True at position {at}: expected multiples of {chunk}")
+        few = max(1, (chunk or 0) // 8)
+        if chunk == 1 or (chunk and not aligned and few >= T):
+            return recurrence(self, leaves, state, q, k, v, gates, stored=stored, new=new)
+        if self.omega > 1:
+            gamma = jnp.ones_like(gates.theta) if gates.gamma is None else gates.gamma
+            gamma = jnp.where(stored[..., None], gamma, 0)
+            gates = dataclasses.replace(gates, gamma=gamma)
+        wide = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+        tokens = Chunk(*wide, gates, jnp.ones_like(stored), stored, new)
+        forward = token_form if self.gate_chunk == 1 else chunk_form
+        y, loss, state, ok = forward(self, leaves, state, tokens, aligned or chunk is None)
+        if tap.wants("surprise"):
+            tap("surprise", loss)
+        return y, state, ok

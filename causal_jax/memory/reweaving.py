@@ -2,12 +2,12 @@
 
 A sequence is read in segments of C tokens; nothing but a store of m slots passes their borders:
 
-    score        r_i = w . LN(h_i) + b                 h_i: token i's states at n layers, side by side
+    score        r_i = w . LN(h_i) + b          h_i: token i's states at n layers, side by side
     capture      the k highest r_i of a segment, each state times sigmoid(r_i)
     evict        of old and new the m slots with the highest r_j - lambda age_j stay
     reconstruct  Z_1 = LN(mem_1) A_1,  Z_j = LN(mem_j) A_j + GELU(Z_{j-1} U_j) V_j,  Z = LN(Z_n)
-    reweave      x <- x + g * D,  D = softmax([LN(x) W_q (Z W_k)^T / sqrt(H) + beta log sigmoid(r), 0])
-                 Z W_v W_o,  g = sigmoid([LN(x), D] W_g + b_g)
+    reweave      x <- x + g * D,  g = sigmoid([LN(x), D] W_g + b_g)
+                 D = softmax([LN(x) W_q (Z W_k)^T / sqrt(H) + beta log sigmoid(r), 0]) Z W_v W_o
 
 A segment reads what earlier segments left, so scores may look at all of it and nothing leaks. The
 last logit is that of a slot with value 0: "recall nothing". W_o starts at 0: at first the decoder
@@ -190,8 +190,9 @@ class Reweaving:
         self, store: Store, h: Float[Array, "B n C D"], r: Float[Array, "B C"],
         document: Int[Array, "B C"],
     ) -> Store:  # fmt: skip
-        """The store after a segment with states h and scores r."""
-        k, order = self.captured, jax.lax.stop_gradient(r)
+        """The store after a segment with states h and scores r; only its last document stays."""
+        k, here = self.captured, document == document[:, -1:]
+        order = jnp.where(here, jax.lax.stop_gradient(r), -jnp.inf)
         places = jax.lax.top_k(order, k)[1]
         value = h.astype(jnp.float32)
         if self.soft_weight:
@@ -202,7 +203,8 @@ class Reweaving:
         mem = jnp.concatenate([store.mem, new], 2)
         rel, fresh = aside(store.rel, take(r)), jnp.zeros_like(places)
         age = aside(store.age, fresh) + 1
-        valid, ids = aside(store.valid, fresh == 0), aside(store.document, take(document))
+        still = store.valid & (store.document == document[:, -1:])
+        valid, ids = aside(still, take(here)), aside(store.document, take(document))
         keep = jax.lax.stop_gradient(rel) - self.recency * age.astype(jnp.float32)
         keep = jax.lax.top_k(jnp.where(valid, keep, -jnp.inf), self.slots)[1]
         kept = lambda a: jnp.take_along_axis(a, keep, 1)  # noqa: E731
