@@ -38,6 +38,8 @@ MASKS = {
     "top_k": M.Causal() & M.top_k_blocks(jnp.asarray(RNG.random((2, 4, 5, 5))), 3, 64, 64),
 }
 STORED = ("bigbird", "array", "top_k")  # looked up by query and key at once
+QUICK = ("empty_rows", "per_head", "documents", "bigbird")
+TILES = Tiles(128, 128)
 
 
 def arrays(H=32, Hv=32, N=4, K=2, dtype=jnp.float32, T=T, S=S):
@@ -47,7 +49,7 @@ def arrays(H=32, Hv=32, N=4, K=2, dtype=jnp.float32, T=T, S=S):
     return (*do_q_k_v, jnp.asarray(rng.standard_normal((2, T, N)), jnp.float32))
 
 
-def kernel(q, k, v, mask, *, tiles=Tiles(128, 128), interpret=True, **kw):
+def kernel(q, k, v, mask, *, tiles=TILES, interpret=True, **kw):
     tiles = tpu.legal_tiles(tiles, q.shape[1], k.shape[1])
     live = mask.block_map(
         q.shape[1], k.shape[1], tiles.block_q, tiles.block_k, q_offset=kw.get("q_offset", 0)
@@ -64,7 +66,7 @@ def graded(attend, q, k, v, sinks, do, dlse):
 
 
 @functools.partial(jax.jit, static_argnames=("ours", "soft_cap", "q_offset", "tiles"))
-def run(ours, mask, q, k, v, sinks, do, dlse, soft_cap=None, q_offset=0, tiles=Tiles(128, 128)):
+def run(ours, mask, q, k, v, sinks, do, dlse, soft_cap=None, q_offset=0, tiles=TILES):
     def attend(q, k, v, sinks):
         if ours:
             return kernel(
@@ -87,19 +89,180 @@ def compare(mask, args, tol=(2e-5, 2e-4), **kw):
         np.testing.assert_allclose(a / size, b / size, atol=tol[n > 1], rtol=tol[n > 1])
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MASKS]
+)
 def test_every_mask(name):
     q, k, v, do, dlse = arrays()
     compare(MASKS[name], (q, k, v, None, do, dlse))
 
 
-@pytest.mark.parametrize("name", ["streaming", "documents", "empty_rows"])
+@pytest.mark.parametrize(
+    "name", ["streaming", *(pytest.param(n, marks=pytest.mark.slow) for n in QUICK)]
+)
 def test_cap_sinks_offset_and_tiles(name):
     q, k, v, do, dlse = arrays(N=4, K=1, H=64, Hv=32, T=140)
     args = (q, k, v, jnp.array([0.5, -1.0, 2.0, -jnp.inf]), do, dlse)
     compare(MASKS[name], args, soft_cap=3.0, q_offset=120, tiles=Tiles(128, 256))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [64, 128, 192])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)])
+def test_widths_and_heads(H, heads):
+    args = arrays(H=H, Hv=H - 32, N=heads[0], K=heads[1])
+    compare(MASKS["documents"], (*args[:3], None, *args[3:]))
+
+
+@pytest.mark.slow
 def test_bfloat16():
     args = arrays(dtype=jnp.bfloat16)
     compare(MASKS["documents"], (*args[:3], None, *args[3:]), tol=(2e-2, 4e-2))
+
+
+def test_only_live_tiles_are_multiplied():
+    q, k, v, *_ = arrays()
+    for name in ("streaming", "per_head", "empty_rows"):
+        live = MASKS[name].block_map(T, S, 128, 128)
+        *_, work = jax.jit(functools.partial(kernel, mask=MASKS[name], work=True))(q, k, v)
+        np.testing.assert_array_equal(work, np.broadcast_to(live.cnt, work.shape))
+        steps = by_query_tile(live.tiles())
+        least_one = np.maximum(live.cnt, 1)  # an empty row has a step of its own, to be written
+        assert steps.count == least_one.sum(-1).max()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_steps_are_the_live_tiles(name):
+    """Both lists hold every live tile once, with its kind, between the marks of its output tile."""
+    for order in ("rows", "columns"):
+        grid = np.asarray(MASKS[name].block_map(T, S, 32, 64).tiles())
+        groups = 1 if order == "rows" else 2
+        steps = by_query_tile(grid) if order == "rows" else by_key_tile(grid, 2)
+        traced = jax.jit(lambda g, o=order: by_query_tile(g).words if o == "rows" else
+                         by_key_tile(g, 2).words)(grid)  # fmt: skip
+        words = np.asarray(steps.words)
+        np.testing.assert_array_equal(np.asarray(traced)[..., : steps.count], words)
+        for b, h in np.ndindex(*words.shape[:2]):
+            word = words[b, h]
+            inner, outer, group = steps.packing.tiles(word)
+            kind, first, last = word & 3, word >> 2 & 1, word >> 3 & 1
+            assert (first.sum(), last.sum()) == (outer.max() + 1,) * 2
+            assert (np.diff(outer) >= 0).all()
+            assert set(outer) == set(range(grid.shape[2 if order == "rows" else 3]))
+            found = {}
+            for i, o, g, k in zip(inner, outer, group, kind):
+                if k:
+                    head = 0 if grid.shape[1] == 1 else h if groups == 1 else h * groups + g
+                    key = (head, *((o, i) if groups == 1 else (i, o)), g)
+                    assert key not in found
+                    found[key] = k
+            heads = [h] if groups == 1 else range(h * groups, (h + 1) * groups)
+            wanted = sum(int((grid[b, 0 if grid.shape[1] == 1 else n] > 0).sum()) for n in heads)
+            assert len(found) == wanted
+            assert all(grid[b, n, r, c] == k for (n, r, c, _), k in found.items())
+
+
+def test_what_is_cut_and_what_is_stored():
+    for name, mask in MASKS.items():
+        made = cut(mask, (2, 4, 256, 256), jnp.zeros(1, jnp.int32))
+        assert (made is None) == (name in STORED), name
+        assert name not in ("causal", "per_head", "function") or made.vectors == ()
+
+
+def test_nan_reaches_nobody_who_may_not_see_it():
+    q, k, v, *_ = arrays(T=256, S=256)
+    late = (jnp.arange(256) >= 200)[None, :, None, None]
+
+    def f(q, k, v):
+        o, lse = kernel(q, k, v, M.Causal())
+        return jnp.sum(jnp.sin(o[:, :200])) + jnp.sum(lse[:, :200]), o
+
+    value = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+    (_, clean), grads = value(q, k, v)
+    for bad in (jnp.nan, jnp.inf):
+        (_, dirty), dirty_grads = value(q, *(jnp.where(late, bad, x) for x in (k, v)))
+        np.testing.assert_array_equal(clean[:, :200], dirty[:, :200])  # bit for bit
+        assert jnp.isnan(dirty[:, 200:]).all()  # these do attend to it: nothing is hidden
+        np.testing.assert_allclose(grads[0][:, :200], dirty_grads[0][:, :200], atol=1e-6)
+
+
+def test_deterministic_and_indifferent_to_kinds_and_tiles():
+    q, k, v, *_ = arrays(T=256, S=256)
+    mask = M.streaming(60, 4)
+    live = mask.block_map(256, 256, 128, 128)
+    attend = jax.jit(lambda kinds: tpu.block_sparse_attention(
+        q, k, v, mask, kinds, scale=0.2, tiles=TILES, interpret=True
+    )[0])  # fmt: skip
+    o = attend(live.tiles())
+    for _ in range(2):
+        np.testing.assert_array_equal(o, attend(live.tiles()))
+    partial = attend(np.minimum(live.tiles(), 1))
+    np.testing.assert_allclose(o, partial, atol=1e-6)
+    large = jax.jit(functools.partial(kernel, mask=mask, scale=0.2, tiles=Tiles(256, 256)))(q, k, v)
+    np.testing.assert_allclose(o, large[0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["documents", "bigbird"])
+def test_no_races(name):
+    q, k, v, do, dlse = arrays(N=2, K=1)
+    attend = functools.partial(
+        kernel, mask=MASKS[name], interpret=_testing.tpu_interpreter(num_cores_or_threads=1)
+    )
+    o, lse, grads = jax.jit(lambda *args: graded(lambda q, k, v, _: attend(q, k, v), *args))(
+        q, k, v, None, do, dlse
+    )
+    assert not _testing.races_found()
+    theirs = run(False, MASKS[name], q, k, v, None, do, dlse)
+    for a, b in zip(jax.tree.leaves((o, lse, grads)), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
+
+
+def compiled(mask, topology, T=4096, H=128, N=4, K=2):
+    def f(q, k, v, do, dlse):
+        attend = lambda q, k, v, _: kernel(q, k, v, mask, tiles=Tiles(512, 512), interpret=False)  # noqa: E731
+        return graded(attend, q, k, v, None, do, dlse)
+
+    shapes = [jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (N, K, K, N)]
+    shapes.append(jax.ShapeDtypeStruct((1, T, N), jnp.float32))
+    return _testing.compile_for_tpu(f, *shapes, topology=topology)
+
+
+needs_compiler = pytest.mark.skipif(
+    _testing.no_tpu_compiler() is not None, reason=str(_testing.no_tpu_compiler())
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "topology", "H"),
+    [
+        ("documents", "v5e:2x2", 128),
+        *(
+            pytest.param(name, topology, H, marks=pytest.mark.slow)
+            for name, topology, H in [
+                *(("streaming", t, H) for t in _testing.TOPOLOGIES for H in (64, 128, 192, 256)),
+                *((n, "v6e:2x2", 128) for n in ("strided", "chunked", "per_head", "bigbird")),
+                *((n, "v6e:2x2", 128) for n in ("keys", "prefix", "function", "top_k")),
+            ]
+        ),
+    ],
+)
+def test_compiles_for_real_chips(name, topology, H):
+    masks = {
+        "documents": M.Causal() & M.Documents(jnp.zeros((1, 4096), jnp.int32)),
+        "keys": M.Causal() & M.Keys(jnp.ones((1, 4096), bool)),
+        "prefix": M.Causal() | M.Prefix(jnp.array([7])),
+        "bigbird": M.bigbird(4096, window=64, globals=64),
+        "top_k": M.Causal() & M.top_k_blocks(jnp.ones((1, 4, 8, 8)), 4, 512, 512),
+    }
+    text = compiled(masks.get(name, MASKS[name]), topology, H=H).as_text()
+    assert text.count("tpu_custom_call") >= 3  # o; dq; dk and dv
+
+
+def test_refusals():
+    q, k, v, *_ = arrays()
+    with pytest.raises(NotImplementedError, match="one type"):
+        kernel(q, k.astype(jnp.bfloat16), v, M.Causal())
+    with pytest.raises(NotImplementedError, match="take larger tiles"):
+        by_query_tile(np.ones((1, 1, 512, 512), np.int8))
