@@ -25,6 +25,7 @@ def train(
     steps: int,
     seeds: int,
     *,
+    paired: int = 1,
     given: Callable[[Key[Array, ""], Int[Array, ""]], Any] | None = None,
     measure: Callable[..., dict[str, Array]] | None = None,
     every: int | None = None,
@@ -42,6 +43,8 @@ def train(
         optimizer: how.
         steps: number of updates.
         seeds: how many models, of keys 0 ... seeds - 1.
+        paired: this many neighbours share a key (key s // paired), so that they begin alike and see
+            the same batches: for conditions that are compared.
         given: (key, seed) -> arrays (any pytree) that stay as they are during a training, such as
             the vectors its data are made of; then `loss` and `measure` take them as third argument.
             A sweep over conditions is one program if the seed picks the condition.
@@ -63,7 +66,7 @@ def train(
     record = measure or (lambda params, key, *constants: {})
 
     def begin(seed):
-        keys = jax.random.split(jax.random.key(seed), 2)
+        keys = jax.random.split(jax.random.key(seed // paired), 2)
         params = init(keys[0])
         constants = () if given is None else (given(jax.random.fold_in(keys[0], 1), seed),)
         return (params, transformation.init(params), jnp.int32(0)), (keys[1], constants)

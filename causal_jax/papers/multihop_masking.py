@@ -197,6 +197,7 @@ def _nets(settings: MultihopMasking, layers: int, report: Report, span: tuple) -
         ),
         steps,
         len(MASKS) * settings.seeds,
+        paired=len(MASKS),
         given=lambda key, seed: jnp.where(seed % 2 == 1, CHAIN_DOCUMENTS, 0),
         every=steps // 10 if steps % 10 == 0 else None,
         report=report,
