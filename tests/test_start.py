@@ -12,10 +12,13 @@ from causal_jax.data.pipeline import Data
 from causal_jax.data.tokenizers import Bytes
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
+from causal_jax.models.pair import Pair
 from causal_jax.models.pretrained import save, spec_of
 from causal_jax.nn.lora import LoRA
+from causal_jax.objectives.distil import Distil
 from causal_jax.paths import named_leaves
 from causal_jax.training.loop import train
+from causal_jax.training.optimizer import AdamW
 from causal_jax.training.recipe import Checkpoints, Evaluation, Recipe
 from causal_jax.training.run import load_run
 from causal_jax.training.sharding import MeshSpec
@@ -147,3 +150,20 @@ def test_other_kinds_of_model_go_by_name(tmp_path):
     with pytest.raises(InputError, match="shares no parameter|cannot become"):
         train(recipe(tmp_path / "no", model=Tiny(width=8), start=str(tmp_path / "tiny")))
     assert jax.tree.leaves(end.state)
+
+
+def test_a_pair_begins_with_two_and_keeps_the_teacher(first, tmp_path, capsys):
+    model = Pair(student=dataclasses.replace(SPEC, layers=1), teacher=SPEC, weights=str(first))
+    mesh = MeshSpec(data=2, fsdp=2, tensor=2)
+    common = {"model": model, "objective": Distil(), "optimizer": AdamW(lr=1e-2), "mesh": mesh}
+    end = train(recipe(tmp_path / "run", **common))
+    assert "teacher: step 1 of" in capsys.readouterr().out
+    state = named_leaves(end.state["params"])
+    for name, leaf in leaves(load_run(first).model).items():
+        np.testing.assert_array_equal(state[f"teacher/{name}"], leaf)
+        assert state[f"teacher/{name}"].sharding == state[f"student/{name}"].sharding
+    assert not any("teacher/" in name for name in named_leaves(end.state["opt"]))
+    again = load_run(tmp_path / "run").model
+    assert again.spec.layers == 1  # what reads a run finds the student
+    with pytest.raises(InputError, match="nowhere"):
+        train(recipe(tmp_path / "x", model=dataclasses.replace(model, weights="nowhere")))

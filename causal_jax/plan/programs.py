@@ -82,7 +82,7 @@ def training_step(recipe: Recipe, target: Target) -> Traced:
         tx,
         mesh,
         ema=recipe.ema is not None,
-        trainable=recipe.trainable,
+        trainable=recipe.trained,
         rules=recipe.mesh.rules,
     )
     run = step.make_step(
@@ -93,7 +93,7 @@ def training_step(recipe: Recipe, target: Target) -> Traced:
         mesh,
         steps=recipe.steps,
         accumulate=recipe.accumulate,
-        trainable=recipe.trainable,
+        trainable=recipe.trained,
         ema=recipe.ema,
     )
     batch = {

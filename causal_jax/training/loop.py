@@ -65,8 +65,7 @@ def train(recipe: Recipe) -> Result:
     check_batch(mesh, recipe.data.batch, recipe.data.context, recipe.accumulate)
     if recipe.report.tensorboard:
         check_tensorboard()
-    if recipe.start:
-        start.check(recipe.start)
+    start.sources(recipe.start, recipe.model)  # refused now, if they do not exist
     _settle_flags()
     workdir = Path(recipe.workdir)
     with folder.locked(workdir), StopRequest() as stop, jax.set_mesh(mesh):
@@ -115,7 +114,7 @@ class Loop:
             tx,
             mesh,
             ema=recipe.ema is not None,
-            trainable=recipe.trainable,
+            trainable=recipe.trained,
             rules=recipe.mesh.rules,
         )
         check_space(workdir, state.size_in_bytes(abstract))
@@ -124,13 +123,13 @@ class Loop:
         begun = ""
         if found is None:
             params = None
-            if recipe.start:
+            if given := start.sources(recipe.start, recipe.model):
                 places = state.shardings_of(abstract)["params"]
                 params, begun = start.parameters(
-                    recipe.start, recipe.model, prepared.tokenizer, places, recipe.seed
+                    given, recipe.model, prepared.tokenizer, places, recipe.seed
                 )
             self.state = state.new_state(
-                recipe.model, tx, abstract, recipe.seed, trainable=recipe.trainable, params=params
+                recipe.model, tx, abstract, recipe.seed, trainable=recipe.trained, params=params
             )
         else:
             self.state, meta = found
@@ -144,7 +143,7 @@ class Loop:
             mesh,
             steps=recipe.steps,
             accumulate=recipe.accumulate,
-            trainable=recipe.trainable,
+            trainable=recipe.trained,
             ema=recipe.ema,
         )
         self.evaluate = step.make_eval_step(self.graph, recipe.objective, mesh)
@@ -279,8 +278,8 @@ class Loop:
         )
         for line in whole:
             self.reporter.say(f"note: {line}")
-        if begun:
-            self.reporter.say(begun)
+        for line in begun.splitlines():
+            self.reporter.say(line)
         if self.start:
             self.reporter.say(f"going on from step {self.start}")
 

@@ -1,6 +1,7 @@
 """The recipe: everything that decides what a run does, as one frozen value."""
 
 import dataclasses
+import re
 
 from causal_jax.data.pipeline import Data
 from causal_jax.errors import InputError
@@ -168,6 +169,12 @@ class Recipe:
             raise InputError(
                 f"accumulate = {self.accumulate} must divide data.batch = {self.data.batch}"
             )
+
+    @property
+    def trained(self) -> str:
+        """The pattern of what is trained: `trainable`, less what the model keeps frozen."""
+        frozen = self.model.frozen
+        return f"^(?!{re.escape(frozen)}).*?(?:{self.trainable})" if frozen else self.trainable
 
 
 # Fields that may differ between a run and its continuation; all others decide what is computed.
