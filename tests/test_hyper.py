@@ -264,7 +264,8 @@ def test_queries_of_a_cache_are_served_exactly():
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"block_size": 0}, "block_size=0"),
+        ({"block_size": -1}, "block_size=-1"),
+        ({"block_size": 0, "sample_size": 0}, "set one of them"),
         ({"sample_size": -1}, "sample_size=-1"),
         ({"lsh_num_projs": -1}, "lsh_num_projs=-1"),
         ({"min_seq_len": 0}, "min_seq_len=0"),
@@ -281,3 +282,12 @@ def test_bad_input(wrong, match):
     if wrong.keys() <= fields and "30" not in match:
         with pytest.raises(InputError, match=match):
             attention["hyper"](**wrong)
+
+
+def test_samples_alone():
+    q, k, v = qkv(T=64, N=2, seed=4)
+    lse = jax.jit(jax.vmap(lambda key: hyper(key=key, block_size=0, sample_size=16)(q, k, v)[1]))
+    ratio = jnp.exp(lse(jax.random.split(KEY, 400)) - dense()(q, k, v)[1][None])
+    assert abs(float(ratio.mean()) - 1) < 0.02
+    o, _ = hyper(block_size=0, sample_size=20000)(q, k, v)
+    close(o, dense()(q, k, v)[0], 0.1)

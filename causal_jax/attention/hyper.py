@@ -101,7 +101,7 @@ def hyper_attention(
             recursive form, everything else is asked pair by pair.
         key: draws hyperplanes and samples; not needed where nothing is drawn.
         proj: hyperplanes [H, r] from `angular_lsh`, to keep them from call to call; None: drawn.
-        block_size: b, keys of a block.
+        block_size: b, keys of a block; 0: the samples alone.
         sample_size: m, sampled keys per kv head and problem; 0: the blocks alone.
         lsh_num_projs: r, bits of a hash; 0: blocks of positions. Must be proj's width if that is
             given.
@@ -267,7 +267,8 @@ class _Where(NamedTuple):
 
 def _hyper(q, k, v, where: _Where, mask: Mask, proj, key, cfg: _Settings):
     """q [P, n, G, H], k [P, s, H], v [P, s, V] -> o [P, n, G, V], lse [P, n, G]."""
-    (P, n, G, H), s, b = q.shape, k.shape[1], min(cfg.block_size, k.shape[1])
+    (P, n, G, H), s = q.shape, k.shape[1]
+    b = min(cfg.block_size or 128, s)  # without blocks there still are tiles of queries
     M = -(-s // b)
     q = q.reshape(P, n * G, H)
     ok = [jnp.isfinite(x) for x in (k, v)]
@@ -288,7 +289,7 @@ def _hyper(q, k, v, where: _Where, mask: Mask, proj, key, cfg: _Settings):
         block = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[None], (P, M))
         slot = _inverse(jnp.argsort(rank_q, axis=1, stable=True), n * G)
     rows = _inverse(slot, block.shape[1] * Q)  # [P, C Q]: the query in every slot, or n G: none
-    m = cfg.sample_size if M > 1 else 0
+    m = cfg.sample_size if M > 1 or not cfg.block_size else 0
     drawn = jnp.zeros((P, 0), jnp.int32)
     if m:
         drawn = jax.random.randint(key, (P, m), 0, s, jnp.int32)  # in the sorted order: as uniform
@@ -311,8 +312,8 @@ def _hyper(q, k, v, where: _Where, mask: Mask, proj, key, cfg: _Settings):
         k_sample=k_sample,
         v_sample=v_sample,
         block=block,
-        block_sample=drawn // b,
-        bias=bias,
+        block_sample=drawn // b if cfg.block_size else jnp.full_like(drawn, -1),
+        bias=bias if cfg.block_size else jnp.full_like(bias, -jnp.inf),
         bias_sample=jnp.take_along_axis(bias.reshape(P, -1), drawn, 1) + math.log(s / max(m, 1)),
         mask=mask if masked else None,
         places=places,
@@ -428,7 +429,7 @@ _move.defvjp(lambda x, to, back: (_take(x, to, 0), back), _move_bwd)
 
 def _check_sizes(block_size: int, sample_size: int, lsh_num_projs: int, min_seq_len: int) -> None:
     sizes = (
-        ("block_size", block_size, 1),
+        ("block_size", block_size, 0),
         ("sample_size", sample_size, 0),
         ("lsh_num_projs", lsh_num_projs, 0),
         ("min_seq_len", min_seq_len, 1),
@@ -436,6 +437,8 @@ def _check_sizes(block_size: int, sample_size: int, lsh_num_projs: int, min_seq_
     for field, value, least in sizes:
         if value < least:
             raise InputError(f"{field}={value}: expected an integer >= {least}")
+    if not block_size and not sample_size:
+        raise InputError("block_size=0, sample_size=0: no keys are left, set one of them")
 
 
 @attention.register(

@@ -23,6 +23,7 @@ from causal_jax.errors import InputError
 
 GROUPS = {
     "attention": "registered mechanisms x masks x lengths, beside jax.nn, torch, ...",
+    "hyper": "HyperAttention, causal: beside exact attention and a plain PyTorch HyperAttention",
     "train": "one optimisation step of a config's model, beside the same model in torch",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
     "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",
@@ -36,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec, overrides, rest = take_words(sys.argv[1:] if argv is None else argv)
         args = _parse(rest)
         args.config, args.overrides = spec, overrides
-        if args.group == "attention" and (spec or overrides):
-            raise InputError("--config: the group attention has no model; give --seq, --heads, ...")
+        if args.group in ("attention", "hyper") and (spec or overrides):
+            raise InputError(
+                f"--config: the group {args.group} has no model; give --seq, --heads, ..."
+            )
         if args.repeats < 1:
             raise InputError(f"--repeats {args.repeats}: expected at least 1")
         env = environment()
