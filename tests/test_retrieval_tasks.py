@@ -46,11 +46,12 @@ def test_sniah_has_one_needle(kind, length):
     for prompt, answer in Sniah(length=length, kind=kind).texts(1, range(20)):
         assert len(prompt) + len(answer) == length
         word = re.findall(r"for (\S+) mentioned in the text", prompt)[0]
-        found = re.findall(rf"special magic \w+ for {word} is: (\S+)\. ", prompt)
-        if kind == "n" or kind == "pk":
-            found = re.findall(rf"special magic numbers for {word} is: (\d{{7}})\. ", prompt)
-        else:
-            found = re.findall(rf"special magic uuids for {word} is: ([0-9a-f-]{{36}})\. ", prompt)
+        what = (
+            r"uuids for {} is: ([0-9a-f-]{{36}})"
+            if kind == "w"
+            else r"numbers for {} is: (\d{{7}})"
+        )
+        found = re.findall("special magic " + what.format(word) + r"\. ", prompt)
         assert [f" {value}" for value in found] == [answer]
 
 
@@ -102,10 +103,10 @@ def test_rows_depend_on_seed_and_index_alone(task):
         ("sniah:digits=0", "digits"),
         ("babilong:length=100", "length"),
         ("babilong:extra=-1", "extra"),
+        ("sniah:kind=x", "kind"),
+        ("babilong:kind=qa1", "kind"),
     ],
 )
 def test_impossible_dials_are_named(line, field):
     with pytest.raises(InputError, match=field):
         parse_tasks(line)
-    with pytest.raises(InputError, match="kind"):
-        Sniah(kind="x")  # pyright: ignore[reportArgumentType]

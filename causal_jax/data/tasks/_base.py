@@ -161,5 +161,7 @@ def _value(task: str, field: str, hint: Any, text: str) -> Any:
                 return kind(text)
             except ValueError:
                 continue
+    if str in kinds:
+        return text
     wanted = " or ".join(kind.__name__ for kind in kinds)
     raise InputError(f"task {task!r}: {field}={text!r} is not {wanted}")

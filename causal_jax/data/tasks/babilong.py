@@ -14,7 +14,6 @@ moves of others; the text opens in mid-sentence, so that lengths are exact.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -39,7 +38,7 @@ class Babilong(TextTask):
     """
 
     length: int = 768
-    kind: Literal["qa2", "qa3"] = "qa2"
+    kind: str = "qa2"
     extra: int = 3
 
     def __post_init__(self):

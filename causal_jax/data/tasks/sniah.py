@@ -14,7 +14,6 @@ front is left out; the haystack opens in mid-sentence, so that lengths are exact
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -58,7 +57,7 @@ class Sniah(TextTask):
     """
 
     length: int = 512
-    kind: Literal["pk", "n", "w"] = "pk"
+    kind: str = "pk"
     depth: float | None = None
     digits: int = 7
 
