@@ -291,3 +291,21 @@ def test_samples_alone():
     assert abs(float(ratio.mean()) - 1) < 0.02
     o, _ = hyper(block_size=0, sample_size=20000)(q, k, v)
     close(o, dense()(q, k, v)[0], 0.1)
+
+
+def test_planted_match_table():
+    """The card's table: relative errors of 128 keys per query, each way of spending them."""
+    from causal_jax.papers.hyper_attention import HyperAttentionPaper, _planted
+
+    errors = {k: v.mean(0) for k, v in _planted(HyperAttentionPaper(seeds=3)).items()}
+    table = {
+        "hyper": (0.178, 0.269, 0.312),
+        "blocks alone": (0.383, 0.405, 0.425),
+        "samples alone": (0.482, 0.476, 0.457),
+        "doubled": (0.122, 0.216, 0.259),
+    }
+    for name, want in table.items():
+        np.testing.assert_allclose(errors[name], want, atol=0.03)
+    best = np.minimum(errors["blocks alone"], errors["samples alone"])
+    assert np.all(errors["hyper"] <= np.array([0.75, 0.75, 0.80]) * best)
+    assert np.all(errors["doubled"] < errors["hyper"])
