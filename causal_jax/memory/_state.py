@@ -17,6 +17,8 @@ Leaves = dict[str, Array]
 class Gates:
     """How strongly every token writes, and what it leaves of the past; float32, in log space.
 
+    [B, T, N] from outside; cut into chunks, [n, B, N, C], inside the fast forms.
+
     Attributes:
         theta: step size, > 0.
         log_a: log of what stays of the memory, log(1 - alpha); None: no forgetting, a = 1.
@@ -24,10 +26,10 @@ class Gates:
         gamma: weight of a token in the windows of the Omega rule; None: 1.
     """
 
-    theta: Float[Array, "B T N"]
-    log_a: Float[Array, "B T N"] | None = None
-    log_eta: Float[Array, "B T N"] | None = None
-    gamma: Float[Array, "B T N"] | None = None
+    theta: Float[Array, "..."]
+    log_a: Float[Array, "..."] | None = None
+    log_eta: Float[Array, "..."] | None = None
+    gamma: Float[Array, "..."] | None = None
 
 
 @jax.tree_util.register_dataclass
