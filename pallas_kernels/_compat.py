@@ -36,3 +36,8 @@ def mosaic_gpu() -> Any:
     except ImportError as e:
         raise NotImplementedError(f"this jaxlib has no Mosaic GPU: {e}") from e
     return mosaic_gpu
+
+
+def transposed(ref: Any) -> Any:
+    """A matrix in shared memory read the other way round."""
+    return mosaic_gpu().transpose_ref(ref, (1, 0)) if JAX < (0, 11) else ref.transpose((1, 0))

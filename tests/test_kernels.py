@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from causal_jax import masks as M
-from causal_jax.attention import dense_attention
+from causal_jax.attention import choose, compiling_for, dense_attention
 from pallas_kernels import _testing
 from pallas_kernels.block_sparse import Tiles, tpu
 from pallas_kernels.block_sparse.steps import by_key_tile, by_query_tile
@@ -266,3 +266,24 @@ def test_refusals():
         kernel(q, k.astype(jnp.bfloat16), v, M.Causal())
     with pytest.raises(NotImplementedError, match="take larger tiles"):
         by_query_tile(np.ones((1, 1, 512, 512), np.int8))
+
+
+def test_dense_attention_names_them():
+    q, k, v, *_ = arrays(H=64, Hv=64)
+    with pytest.raises(NotImplementedError, match="tpu: it needs a TPU, this is cpu"):
+        dense_attention(q, k, v, implementation="tpu")
+    assert choose(q, k, v, mask=M.Causal(), platform="tpu").name == "xla"  # until it has run on one
+    with pytest.raises(NotImplementedError, match="bias"):
+        choose(q, k, v, bias=jnp.zeros((1, 1, T, S)), platform="tpu", implementation="tpu")
+
+
+@needs_compiler
+def test_dense_attention_compiles_for_a_tpu():
+    def loss(q, k, v):
+        mask = M.streaming(300, 4)
+        return dense_attention(q, k, v, mask=mask, implementation="tpu", soft_cap=20.0).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, 2000, n, 64), jnp.float32) for n in (4, 2, 2)]
+    with compiling_for("tpu"):
+        text = _testing.compile_for_tpu(jax.grad(loss, (0, 1, 2)), *shapes).as_text()
+    assert all(f"block_sparse_{name}" in text for name in ("o", "dq", "dkv"))

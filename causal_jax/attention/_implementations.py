@@ -1,4 +1,9 @@
-"""Which implementation of dense attention serves a call, and why: decided by statics only."""
+"""Which implementation of dense attention serves a call, and why: decided by statics only.
+
+A kernel that was never run on its own hardware is never the default: "tpu" and "gpu" have only been
+interpreted and compiled, so they must be named. Until they are measured, the default on a GPU is
+cudnn where it can serve, then tokamax, then "xla"; on a TPU and on a CPU it is "xla".
+"""
 
 import contextlib
 import importlib.util
@@ -11,8 +16,9 @@ import jax.numpy as jnp
 from causal_jax.errors import InputError
 from causal_jax.masks import And, Causal, Full, Mask, Prefix, Window, as_mask
 from causal_jax.taps import OFF, Tap
+from pallas_kernels.block_sparse import tpu
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax", "tpu")
 SMALL = 128 * 128  # queries x keys up to which all scores at once are as fast, and compile faster
 
 
@@ -73,38 +79,62 @@ def choose(
     Raises:
         InputError: unknown name. NotImplementedError: the one named cannot serve this.
     """
-    mask, platform = as_mask(mask), platform or target()
-    if kv_length is not None:
-        mask = mask & Prefix(kv_length)
-    site = next((s for s in ("scores", "pattern") if tap.wants(s)), None)
-    lost = f"site {site!r} needs all scores at once: only 'reference' has them" if site else None
-    fused = lost or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
-    refusals = {
-        "reference": None,
-        "xla": lost,
-        "cudnn": fused or _cudnn_refusal(q, k, v, bias, soft_cap, platform),
-        "tokamax": fused or _tokamax_refusal(bias, soft_cap, platform),
-    }
+    platform = platform or target()
+    refused = refusals(
+        q, k, v, mask=mask, bias=bias, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset,
+        kv_length=kv_length, return_lse=return_lse, tap=tap, platform=platform,
+    )  # fmt: skip
     if implementation is not None:
-        if implementation not in refusals:
+        if implementation not in refused:
             known = ", ".join(IMPLEMENTATIONS)
             raise InputError(f"implementation={implementation!r}: expected None or one of {known}")
-        if refusals[implementation]:
-            raise NotImplementedError(f"{implementation}: {refusals[implementation]}")
+        if refused[implementation]:
+            raise NotImplementedError(f"{implementation}: {refused[implementation]}")
         return Choice(implementation, "named by the caller")
-    if lost:
-        return Choice("reference", lost)
-    if not refusals["cudnn"]:
+    if refused["xla"]:
+        return Choice("reference", refused["xla"])
+    if not refused["cudnn"]:
         return Choice("cudnn", "full, causal or windowed attention on an NVIDIA GPU")
-    if not refusals["tokamax"]:
-        return Choice("tokamax", f"installed; cudnn cannot serve this: {refusals['cudnn']}")
+    if not refused["tokamax"]:
+        return Choice("tokamax", f"installed; cudnn cannot serve this: {refused['cudnn']}")
     if few(q, k):
         if platform == "cpu":
             return Choice("xla", "few queries: keys and values are read where they lie")
         return Choice("reference", "few queries: all scores at once")
     if q.shape[1] * k.shape[1] <= SMALL:
         return Choice("reference", "small: all scores at once are cheapest")
-    return Choice("xla", f"live tiles only, linear memory; cudnn: {refusals['cudnn']}")
+    return Choice("xla", f"live tiles only, linear memory; cudnn: {refused['cudnn']}")
+
+
+def refusals(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    q_offset: Any = 0,
+    kv_length: Any = None,
+    return_lse: bool = False,
+    tap: Tap = OFF,
+    platform: str | None = None,
+) -> dict[str, str | None]:
+    """For every implementation why it cannot serve, or None if it can. Arguments as in `choose`."""
+    mask, platform = as_mask(mask), platform or target()
+    if kv_length is not None:
+        mask = mask & Prefix(kv_length)
+    site = next((s for s in ("scores", "pattern") if tap.wants(s)), None)
+    lost = f"site {site!r} needs all scores at once: only 'reference' has them" if site else None
+    fused = lost or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
+    return {
+        "reference": None,
+        "xla": lost,
+        "cudnn": fused or _cudnn_refusal(q, k, v, bias, soft_cap, platform),
+        "tokamax": fused or _tokamax_refusal(bias, soft_cap, platform),
+        "tpu": lost or _own_refusal("tpu", bias, platform) or tpu.refusal(q, k, v),
+    }
 
 
 def few(q: Any, k: Any) -> bool:
@@ -150,6 +180,13 @@ def _tokamax_refusal(bias, soft_cap, platform) -> str | None:
     if importlib.util.find_spec("tokamax") is None:
         return "tokamax is not installed (pip install 'causal_jax[kernels]')"
     return None
+
+
+def _own_refusal(name: str, bias, platform) -> str | None:
+    """Why our kernels for one kind of hardware cannot serve at all."""
+    if platform not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[name]:
+        return f"it needs a {name.upper()}, this is {platform}"
+    return "it has no bias" if bias is not None else None
 
 
 def causal_window(mask: Mask) -> tuple[bool, int | None] | None:

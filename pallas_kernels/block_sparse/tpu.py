@@ -17,17 +17,46 @@ Checked without a TPU: against the reference in both interpreters, for races, an
 of time for v5e, v5p and v6e. It has never been run or timed on a real chip.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse import tpu_kernels
 from pallas_kernels.block_sparse.schedule import Tiles
-from pallas_kernels.block_sparse.steps import Steps, by_key_tile, by_query_tile
+from pallas_kernels.block_sparse.steps import Packing, Steps, by_key_tile, by_query_tile
 from pallas_kernels.block_sparse.tile_mask import cut, stored
-from pallas_kernels.block_sparse.tpu_kernels import LANES, Config, Listed
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The static side of a list of steps."""
+
+    packing: Packing
+    shape: tuple[int, int, int]
+    by_keys: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that is static."""
+
+    scale: float
+    soft_cap: float | None
+    block_q: int
+    block_k: int
+    keys: int
+    groups: int
+    sinks: bool
+    axes: tuple[str, ...]  # of the vectors that the mask is handed
+    mask: Any  # `TileMask.run`
+    rows: Listed
+    columns: Listed
+    interpret: Any
+    work: bool
 
 
 def block_sparse_attention(
@@ -132,6 +161,8 @@ def _pad(x, multiple: int):
 
 
 def _forward(cfg: Config, q, k, v, sinks, offset, vectors, steps):
+    from pallas_kernels.block_sparse import tpu_kernels  # Pallas takes a while to import
+
     o, lse, *work = tpu_kernels.forward(cfg, q, k, v, (offset, sinks), steps[0], vectors)
     return o, lse[:, :, 0], *work
 
@@ -147,6 +178,8 @@ def _attend_fwd(cfg: Config, *args):
 
 
 def _attend_bwd(cfg: Config, saved: Any, grads: Any):
+    from pallas_kernels.block_sparse import tpu_kernels
+
     q, k, v, sinks, offset, vectors, steps, o, lse = saved
     do, dlse, *_ = grads
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) - dlse

@@ -10,38 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._compat import tpu_call
-from pallas_kernels.block_sparse.steps import FULL, PARTIAL, Packing
+from pallas_kernels.block_sparse.steps import FULL, PARTIAL
+from pallas_kernels.block_sparse.tpu import LANES, Config, Listed
 
-LANES = 128
 _SEMANTICS = ("parallel", "parallel", "arbitrary")
-
-
-@dataclasses.dataclass(frozen=True)
-class Listed:
-    """The static side of a list of steps."""
-
-    packing: Packing
-    shape: tuple[int, int, int]
-    by_keys: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All that is static."""
-
-    scale: float
-    soft_cap: float | None
-    block_q: int
-    block_k: int
-    keys: int
-    groups: int
-    sinks: bool
-    axes: tuple[str, ...]  # of the vectors that the mask is handed
-    mask: Any  # `TileMask.run`
-    rows: Listed
-    columns: Listed
-    interpret: Any
-    work: bool
 
 
 def _dot(a, b, contract: tuple[int, int]) -> jax.Array:

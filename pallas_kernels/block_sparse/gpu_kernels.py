@@ -1,0 +1,267 @@
+"""The bodies of the plain Mosaic GPU kernels: o, dq, and dk with dv. See `gpu.py`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels._compat import mosaic_gpu, transposed
+from pallas_kernels.block_sparse.gpu import LOG2E, Config
+
+
+def _kernel(body: Any, cfg: Config, grid, out_type, scratch) -> Any:
+    plgpu = mosaic_gpu()
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=False),
+        interpret=cfg.interpret,
+    )
+
+
+def _buffer(rows: int, width: int, dtype: Any) -> Any:
+    """Shared memory in the layout that WGMMA reads."""
+    plgpu = mosaic_gpu()
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((rows, width), dtype, transforms=transforms)
+
+
+def _product(cfg: Config, a, b, shape, flip: bool = False) -> Any:
+    """a b (or a b^T when flipped) in float32; a in registers or shared memory, b in the latter."""
+    plgpu = mosaic_gpu()
+    if cfg.interpret:  # the interpreter's WGMMA reads no transposed buffers
+        a, b = a[...], b[...]
+        contract = (((1,), (1 if flip else 0,)), ((), ()))
+        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    def run(acc):
+        plgpu.wgmma(acc, a, transposed(b) if flip else b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def _fetch(pairs, barrier) -> None:
+    """Copy to shared memory, and wait for all of it."""
+    plgpu = mosaic_gpu()
+    for n, (source, target) in enumerate(pairs):
+        plgpu.copy_gmem_to_smem(source, target, barrier.at[n])
+    for n in range(len(pairs)):
+        plgpu.barrier_wait(barrier.at[n])
+
+
+def _held(cfg: Config, shape: tuple[int, ...], value: float) -> Any:
+    plgpu = mosaic_gpu()
+    if cfg.interpret:  # the interpreter knows no layouts
+        return jnp.full(shape, value, jnp.float32)
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _vector(cfg: Config, ref, along: int) -> Any:
+    """A vector in memory, held so that it can be repeated along the other axis of a tile."""
+    plgpu = mosaic_gpu()
+    if cfg.interpret:
+        return ref[...]
+    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - along), optimized=False)
+
+
+def _wide(x, shape, axis: int) -> Any:
+    """A vector along `axis` of a tile, repeated."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def _scores(cfg: Config, s) -> tuple[Any, Any]:
+    """(scores, their derivative by the scaled product or None)."""
+    s = s * cfg.scale
+    if cfg.soft_cap is None:
+        return s, None
+    t = jnp.tanh(s / cfg.soft_cap)
+    return cfg.soft_cap * t, 1 - t * t
+
+
+def _allowed(cfg: Config, vectors, offset, batch, head, row, column, flip: bool) -> Any:
+    """The mask on a tile [queries, keys], or [keys, queries] when flipped."""
+    plgpu = mosaic_gpu()
+    shape = (cfg.block_k, cfg.block_q) if flip else (cfg.block_q, cfg.block_k)
+    ids = functools.partial(lax.broadcasted_iota, jnp.int32, shape)
+    if not cfg.interpret:
+        ids = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
+    i = ids(int(flip)) + (row * cfg.block_q + offset[batch])
+    j = ids(int(not flip)) + column * cfg.block_k
+    tiles = []
+    for ref, axis in zip(vectors, cfg.axes):
+        block, tile = (cfg.block_q, row) if axis == "q" else (cfg.block_k, column)
+        along = int((axis == "q") == flip)
+        at = (batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0, 0)
+        x = _vector(cfg, ref.at[(*at, pl.ds(tile * block, block))], along)
+        tiles.append(_wide(x, shape, along))
+    ok = cfg.mask(shape, batch, head, i, j, tiles)
+    return ok & (j < cfg.keys) if cfg.keys % cfg.block_k else ok
+
+
+def _over(listed, batch, head, row, step, carry) -> Any:
+    """`carry = step(partial, tile, carry)` for the live tiles of a row: full ones, then partial."""
+    full, count, idx = listed
+    at = (batch if full.shape[0] > 1 else 0, head if full.shape[1] > 1 else 0, row)
+    for partial, first, end in ((False, 0, full[at]), (True, full[at], count[at])):
+        carry = lax.fori_loop(first, end, lambda n, c, p=partial: step(p, idx[(*at, n)], c), carry)
+    return carry
+
+
+def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
+    """o [B, T, N, H'] and lse [B, N, T]."""
+    plgpu = mosaic_gpu()
+    (B, T, N, H), width = q.shape, v.shape[3]
+    bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_q, cfg.block_k)
+
+    def body(*refs):
+        q, k, v, sinks, offset, full, count, idx, *refs = refs
+        *vectors, o, lse, q_s, k_s, v_s, o_s, lse_s, barrier, _ = refs
+        batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
+        own = lax.div(head, jnp.int32(cfg.groups))
+        here = pl.ds(row * bq, bq)
+        _fetch([(q.at[batch, here, head], q_s)], barrier)
+
+        def step(partial, column, carry):
+            acc, m, l = carry
+            there = pl.ds(column * bk, bk)
+            _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+            s, _ = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            if partial:
+                ok = _allowed(cfg, vectors, offset, batch, head, row, column, False)
+                s = jnp.where(ok, s, -jnp.inf)
+            top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+            safe = jnp.where(top == -jnp.inf, 0.0, top)
+            p, decay = jnp.exp2(s * LOG2E - _wide(safe, tile, 0)), jnp.exp2(m - safe)
+            l = l * decay + p.sum(axis=1)
+            part = _product(cfg, p.astype(v_s.dtype), v_s, (bq, width))
+            return acc * _wide(decay, acc.shape, 0) + part, top, l
+
+        m, l = _held(cfg, (bq,), -jnp.inf), _held(cfg, (bq,), 0.0)
+        if cfg.sinks:
+            m = _held(cfg, (bq,), 0.0) + sinks[head] * LOG2E
+            l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+        carry = (_held(cfg, (bq, width), 0.0), m, l)
+        acc, m, l = _over((full, count, idx), batch, head, row, step, carry)
+        nothing = l == 0
+        l = jnp.where(nothing, 1.0, l)
+        o_s[...] = (acc / _wide(l, acc.shape, 0)).astype(o_s.dtype)
+        lse_s[...] = jnp.where(nothing, -jnp.inf, m / LOG2E + jnp.log(l))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_s, o.at[batch, here, head])
+        plgpu.copy_smem_to_gmem(lse_s, lse.at[batch, head, here])
+        plgpu.wait_smem_to_gmem(0)
+
+    out = [
+        jax.ShapeDtypeStruct((B, T, N, width), v.dtype),
+        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+    ]
+    scratch = [
+        _buffer(bq, H, q.dtype), _buffer(bk, H, q.dtype), _buffer(bk, width, q.dtype),
+        _buffer(bq, width, q.dtype), plgpu.SMEM((bq,), jnp.float32),
+        plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=1),
+    ]  # fmt: skip
+    run = _kernel(body, cfg, (N, T // bq, B), out, scratch)
+    return run(q, k, v, sinks, offset, *listed, *vectors)
+
+
+def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
+    """dq [B, T, N, H]; `far` is lse in base 2, +inf in rows without keys, [B, N, T] as delta."""
+    plgpu = mosaic_gpu()
+    (B, T, N, H), width = q.shape, v.shape[3]
+    bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_q, cfg.block_k)
+
+    def body(*refs):
+        q, k, v, do, far, delta, offset, full, count, idx, *refs = refs
+        *vectors, dq, q_s, do_s, k_s, v_s, barrier = refs
+        batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
+        own = lax.div(head, jnp.int32(cfg.groups))
+        here = pl.ds(row * bq, bq)
+        _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
+        far, delta = (_vector(cfg, x.at[batch, head, here], 0) for x in (far, delta))
+
+        def step(partial, column, acc):
+            there = pl.ds(column * bk, bk)
+            _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+            s, slope = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            p = jnp.exp2(s * LOG2E - _wide(far, tile, 0))
+            ds = p * (_product(cfg, do_s, v_s, tile, True) - _wide(delta, tile, 0))
+            ds = ds if slope is None else ds * slope
+            if partial:
+                ok = _allowed(cfg, vectors, offset, batch, head, row, column, False)
+                ds = jnp.where(ok, ds, 0.0)
+            return acc + _product(cfg, ds.astype(k_s.dtype), k_s, (bq, H))
+
+        acc = _over((full, count, idx), batch, head, row, step, _held(cfg, (bq, H), 0.0))
+        q_s[...] = (acc * cfg.scale).astype(q_s.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, dq.at[batch, here, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        _buffer(bq, H, q.dtype), _buffer(bq, width, q.dtype), _buffer(bk, H, q.dtype),
+        _buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
+    ]  # fmt: skip
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    run = _kernel(body, cfg, (N, T // bq, B), out, scratch)
+    return run(q, k, v, do, far, delta, offset, *listed, *vectors)[0]
+
+
+def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
+    """dk [B, S, K, H], dv [B, S, K, H']: scores are [keys, queries] here."""
+    plgpu = mosaic_gpu()
+    (B, S, K, H), width = k.shape, v.shape[3]
+    bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_k, cfg.block_q)
+
+    def body(*refs):
+        q, k, v, do, far, delta, offset, full, count, idx, *refs = refs
+        *vectors, dk, dv, q_s, do_s, k_s, v_s, barrier = refs
+        batch, own, column = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
+        there = pl.ds(column * bk, bk)
+        _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+
+        def of_head(group, carry):
+            head = own * cfg.groups + group
+
+            def step(partial, row, carry):
+                dk, dv = carry
+                here = pl.ds(row * bq, bq)
+                _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
+                fari, deltai = (_vector(cfg, x.at[batch, head, here], 1) for x in (far, delta))
+                s, slope = _scores(cfg, _product(cfg, k_s, q_s, tile, True))
+                p = jnp.exp2(s * LOG2E - _wide(fari, tile, 1))
+                ds = p * (_product(cfg, v_s, do_s, tile, True) - _wide(deltai, tile, 1))
+                ds = ds if slope is None else ds * slope
+                if partial:
+                    ok = _allowed(cfg, vectors, offset, batch, head, row, column, True)
+                    p, ds = jnp.where(ok, p, 0.0), jnp.where(ok, ds, 0.0)
+                dv = dv + _product(cfg, p.astype(do_s.dtype), do_s, (bk, width))
+                return dk + _product(cfg, ds.astype(q_s.dtype), q_s, (bk, H)), dv
+
+            return _over((full, count, idx), batch, head, column, step, carry)
+
+        carry = (_held(cfg, (bk, H), 0.0), _held(cfg, (bk, width), 0.0))
+        dk_, dv_ = lax.fori_loop(0, cfg.groups, of_head, carry)
+        k_s[...] = (dk_ * cfg.scale).astype(k_s.dtype)
+        v_s[...] = dv_.astype(v_s.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_s, dk.at[batch, there, own])
+        plgpu.copy_smem_to_gmem(v_s, dv.at[batch, there, own])
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        _buffer(bq, H, q.dtype), _buffer(bq, width, q.dtype), _buffer(bk, H, q.dtype),
+        _buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
+    ]  # fmt: skip
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    run = _kernel(body, cfg, (K, S // bk, B), out, scratch)
+    return run(q, k, v, do, far, delta, offset, *listed, *vectors)
