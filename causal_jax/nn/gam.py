@@ -156,16 +156,16 @@ class GAMMixer(Mixer):
 
     def _mix(self, x: Array, state: Array | None, segments: Array | None, tap: Tap):
         """y and the convolution's state after it."""
-        local = read = None
-        if self.taps is not None:
+        local, read = jnp.zeros_like(x), jnp.zeros_like(x)
+        if self.taps is not None and self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)[None, None]
             local, state = causal_conv(x, self.taps[...], state, segments)
-            local = tap("local", local + self.bias[...].astype(x.dtype)[None, None])
+            local = tap("local", local + bias)
         if self.bank is not None:
             p = tap("slots", slot_weights(x, self.bank[...], scale=self.spec.scale))
             bank = self.bank[...].astype(p.dtype)
             read = tap("global", jnp.einsum("btm,md->btd", p, bank).astype(x.dtype))
         if self.gate is None:
-            parts = [y for y in (local, read) if y is not None]
-            return sum(parts[1:], parts[0]), state
+            return local + read, state
         a, c = jnp.split(jax.nn.sigmoid(tap("gates", self.gate(x))), 2, axis=-1)
         return a * local + c * read, state
