@@ -172,6 +172,8 @@ def test_streaming_is_the_whole_and_of_constant_size():
 
 def test_what_does_not_fit_is_named():
     q, k, v, g = problem(1.0)
+    with pytest.raises(InputError, match="gate per feature"):
+        gated_linear_attention(q, k, v, log_gate=g[..., :4], mask=Causal())
     with pytest.raises(InputError, match="a multiple of K"):
         gated_linear_attention(q[:, :, :3], k, v, mask=Causal())
     with pytest.raises(InputError, match="state"):

@@ -60,7 +60,7 @@ def gated_linear_attention(
     k: Float[Array, "B S K F"],
     v: Float[Array, "B S K V"],
     *,
-    log_gate: Float[Array, "B S K F"] | None = None,
+    log_gate: Float[Array, "B S K G"] | None = None,
     normalise: bool = True,
     state: Float[Array, "B K F W"] | None = None,
     return_state: bool = False,
@@ -114,7 +114,8 @@ def gated_linear_attention(
     if state is not None and state.shape != shape:
         raise InputError(f"state {state.shape}: expected {shape}")
 
-    plain = _plain(mask, B, S) if S == T and isinstance(q_offset, int) and q_offset == 0 else None
+    own = S == T and isinstance(q_offset, int) and q_offset == 0
+    plain = causal_parts(mask, B, jnp.arange(S)) if own else None
     lost = None if plain else "it serves causal masks with documents and missing keys only"
     if site := next((s for s in ("mask", "pattern") if tap.wants(s)), None):
         lost = f"site {site!r} needs all pairs"
@@ -203,25 +204,36 @@ def _all_pairs(q, k, v, g, mask, q_offset, normalise, tap):
     return o.reshape(B, T, N, -1)
 
 
-def _plain(mask: Mask, B: int, S: int) -> tuple[Array | None, Array | None] | None:
-    """(keys that exist [B, S], document numbers [B, S]) where the mask says no more, else None."""
+def causal_parts(
+    mask: Mask, batch: int, at: Int[Array, "T"], *, whole: bool = True
+) -> tuple[Bool[Array, "B T"] | None, Int[Array, "B T"] | None] | None:
+    """What a causal mask says beyond causality, if it is no more than missing keys and documents.
+
+    Args:
+        at: positions of the keys.
+        whole: they are the whole sequence; a part of one cannot be in documents.
+
+    Returns:
+        (which keys exist, document numbers that count up from 0 for contiguous documents), each
+        None where the mask is silent; None: the mask says something else.
+    """
     causal, valid, document = False, None, None
     for part in mask.parts if isinstance(mask, And) else (mask,):
         inner = part.part if isinstance(part, Not) else part
         if isinstance(part, Causal) and part.offset == 0:
             causal = True
         elif isinstance(inner, Keys | Prefix | Sinks):
-            exist = part.to_dense(1, S)[:, 0, 0]
+            exist = part(jnp.arange(batch)[:, None], 0, 0, at[None])
+            exist = jnp.broadcast_to(exist, (batch, at.shape[0]))
             valid = exist if valid is None else valid & exist
-        elif isinstance(part, Documents) and part.kv_ids is None and document is None:
-            ids = jnp.atleast_2d(part.q_ids)[:, :S]
+        elif isinstance(part, Documents) and part.kv_ids is None and document is None and whole:
+            ids = jnp.atleast_2d(part.q_ids)[:, : at.shape[0]]
             document = jnp.cumsum(ids[:, 1:] != ids[:, :-1], 1, dtype=jnp.int32)
-            document = jnp.broadcast_to(jnp.pad(document, ((0, 0), (1, 0))), (B, S))
+            document = jnp.pad(document, ((0, 0), (1, 0)))
+            document = jnp.broadcast_to(document, (batch, at.shape[0]))
         elif not isinstance(part, Full):
             return None
-    if not causal:
-        return None
-    return (None if valid is None else jnp.broadcast_to(valid, (B, S))), document
+    return (valid, document) if causal else None
 
 
 def _check(q, k, v, log_gate, chunk, implementation) -> None:

@@ -139,12 +139,17 @@ class Attention(nnx.Module):
             return {}
         return {"layout": rotations.layout, "rotary": self.rotary}
 
-    def _project(self, x: Array, rotations: Rotations, tap: Tap) -> tuple[Array, Array, Array]:
+    def _heads_of(self, x: Array) -> tuple[Array, Array, Array]:
+        """q, k, v before any rotation."""
         q = self.q(x).reshape(*x.shape[:2], self.heads, self.head_dim)
         k = self.k(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         v = self.v(x).reshape(*x.shape[:2], self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _project(self, x: Array, rotations: Rotations, tap: Tap) -> tuple[Array, Array, Array]:
+        q, k, v = self._heads_of(x)
         if self.rotary is not None and not self._placed(rotations):
             tables = rotations.tables[self.rotary]
             q, k = turn(q, tables, self.rotary), turn(k, tables, self.rotary)
