@@ -58,3 +58,15 @@ def compile_for_tpu(f: Callable, *shapes: Any, topology: str = "v5e:2x2") -> Any
 def lower_for_gpu(f: Callable, *shapes: Any) -> str:
     """The text of `jit(f)` lowered for CUDA."""
     return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def gpu_interpreter() -> Any:
+    """The interpreter of Mosaic GPU programs: global and shared memory, copies, barriers."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import (
+            InterpretGPUParams,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+    except ImportError:  # jax 0.10 has it, but does not export it
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from causal_jax.errors import InputError
 from causal_jax.masks import And, Causal, Full, Mask, Prefix, Window, as_mask
 from causal_jax.taps import OFF, Tap
-from pallas_kernels.block_sparse import tpu
+from pallas_kernels.block_sparse import gpu, tpu
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax", "tpu")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax", "tpu", "gpu")
 SMALL = 128 * 128  # queries x keys up to which all scores at once are as fast, and compile faster
 
 
@@ -134,6 +134,7 @@ def refusals(
         "cudnn": fused or _cudnn_refusal(q, k, v, bias, soft_cap, platform),
         "tokamax": fused or _tokamax_refusal(bias, soft_cap, platform),
         "tpu": lost or _own_refusal("tpu", bias, platform) or tpu.refusal(q, k, v),
+        "gpu": lost or _own_refusal("gpu", bias, platform) or gpu.refusal(q, k, v),
     }
 
 

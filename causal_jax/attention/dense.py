@@ -40,7 +40,7 @@ from causal_jax.masks import Dense as DenseMask
 from causal_jax.masks import Mask, Prefix, Sinks, Window, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
-from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention, tpu
+from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention, gpu, tpu
 
 
 def dense_attention(
@@ -77,10 +77,12 @@ def dense_attention(
         tap: sites `mask` and `bias` [B,N,T,S] (materialised only if wanted), `scores` (before the
             mask) and `pattern` [B,N,T,S] float32 (only "reference" has them, and is chosen if they
             are wanted), `z` = o.
-        implementation: None chooses and never fails; "reference", "xla", "cudnn", "tokamax", "tpu".
-            "reference" differentiates in every mode, the others in reverse mode only. "tpu" is
-            never chosen, only named: it has been interpreted and compiled, not run on a chip. It is
-            one program per device: under a mesh call it inside `jax.shard_map`.
+        implementation: None chooses and never fails; "reference", "xla", "cudnn", "tokamax", "tpu",
+            "gpu".
+            "reference" differentiates in every mode, the others in reverse mode only. "tpu" and
+            "gpu" (Hopper) are never chosen, only named: they have been interpreted and compiled or
+            lowered, not run on a chip. They are one program per device: under a mesh call them
+            inside `jax.shard_map`.
 
     Returns:
         o in v's dtype; with return_lse also lse in float32.
@@ -107,7 +109,9 @@ def dense_attention(
     if name in ("cudnn", "tokamax"):
         o, lse = _vendor(name, q, k, v, mask, bias, scale, soft_cap), None
     else:
-        run = {"xla": _xla, "tpu": _tpu}.get(name, functools.partial(reference, tap=tap))
+        run = {"xla": _xla, "tpu": _tpu, "gpu": _gpu}.get(
+            name, functools.partial(reference, tap=tap)
+        )
         o, lse = run(
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
         )
@@ -156,6 +160,15 @@ def _tpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     tiles = tpu.legal_tiles(Tiles(), T, S)
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     return tpu.block_sparse_attention(
+        q, k, v, mask, live.tiles(), scale=scale, soft_cap=soft_cap, sinks=sinks,
+        q_offset=q_offset, tiles=tiles, apart=(mask.batch, mask.heads),
+    )  # fmt: skip
+
+
+def _gpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
+    tiles = gpu.legal_tiles(Tiles())
+    live = mask.block_map(q.shape[1], k.shape[1], tiles.block_q, tiles.block_k, q_offset=q_offset)
+    return gpu.block_sparse_attention(
         q, k, v, mask, live.tiles(), scale=scale, soft_cap=soft_cap, sinks=sinks,
         q_offset=q_offset, tiles=tiles, apart=(mask.batch, mask.heads),
     )  # fmt: skip

@@ -11,9 +11,9 @@ not the fast one (no ring of buffers, no producer warpgroup).
     dk, dv   a program per kv head and tile of keys, over its query heads; scores are transposed
 
 No atomics: results are the same bit for bit from run to run. What was checked: values in the
-interpreter (copies, barriers and loops; products by plain XLA), and lowering to Mosaic's module. It has never been compiled by ptxas, run or timed on a
-GPU. A value that is not finite reaches every query of a partial tile, also those that may not
-attend to it ("tpu" and "xla" keep it from them).
+interpreter (copies, barriers and loops; products by plain XLA), and lowering to Mosaic's module. It
+has never been compiled by ptxas, run or timed on a GPU. A value that is not finite reaches every
+query of a partial tile, also those that may not attend to it ("tpu" and "xla" keep it from them).
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_sparse.schedule import Tiles
-from pallas_kernels.block_sparse.steps import FULL
-from pallas_kernels.block_sparse.tile_mask import cut
+from pallas_kernels.block_sparse.steps import FULL, number
+from pallas_kernels.block_sparse.tile_mask import cut, stored
 
 LOG2E = math.log2(math.e)
 
@@ -60,6 +60,7 @@ def block_sparse_attention(
     sinks: jax.Array | None = None,
     q_offset: Any = 0,
     tiles: Tiles | None = None,
+    apart: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the live tiles of a mask.
@@ -73,14 +74,14 @@ def block_sparse_attention(
         soft_cap: s -> soft_cap tanh(s / soft_cap).
         sinks: [N] logits of a virtual key without value.
         q_offset: int or [B], absolute index of the first query.
+        apart: how many batch rows and heads the mask tells apart (default: all).
 
     Returns:
         o [B, T, N, H'] in v's dtype and lse [B, T, N] in float32, both differentiable; 0 and -inf
         where nothing may be attended.
 
     Raises:
-        NotImplementedError: `refusal(...)` says why; or the mask looks something up by query and
-            key at once.
+        NotImplementedError: `refusal(...)` says why.
     """
     reason = refusal(q, k, v)
     if reason:
@@ -92,7 +93,7 @@ def block_sparse_attention(
     offset = jnp.asarray(q_offset, jnp.int32).reshape(-1)
     made = cut(mask, (B, N, q.shape[1], k.shape[1]), offset)
     if made is None:
-        raise NotImplementedError("gpu: the mask looks something up by query and key at once")
+        made = stored(mask, apart or (B, N), kinds, tiles, offset)
     cfg = Config(
         scale=float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
@@ -106,7 +107,8 @@ def block_sparse_attention(
         interpret=interpret,
     )
     sinks = jnp.zeros(N, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    listed = (_lists(kinds), _lists(kinds.swapaxes(2, 3)))
+    slots = number(kinds)
+    listed = (_lists(kinds, slots), _lists(kinds.swapaxes(2, 3), slots.swapaxes(2, 3)))
     offset = jnp.broadcast_to(offset, (B,))
     o, lse = _attend(cfg, q, k, v, sinks, offset, made.vectors, listed)  # pyright: ignore[reportGeneralTypeIssues]
     return o[:, :T], lse[:, :, :T].transpose(0, 2, 1)
@@ -136,11 +138,17 @@ def _pad(x, multiple: int):
     return jnp.pad(x, [(0, 0), (0, extra), (0, 0), (0, 0)]) if extra else x
 
 
-def _lists(grid: Any) -> tuple[jax.Array, ...]:
-    """(full [b, h, rows], count, idx [b, h, rows, columns]): full tiles, then partial ones."""
+def _lists(grid: Any, slots: Any) -> tuple[jax.Array, ...]:
+    """(full [b, h, rows], count, idx [b, h, rows, columns], slots): full tiles, then partial ones,
+    and where the partial ones are stored."""
     xp: Any = np if isinstance(grid, np.ndarray) else jnp
     order = xp.argsort(xp.where(grid == FULL, 0, xp.where(grid > 0, 1, 2)), -1, stable=True)
-    lists = ((grid == FULL).sum(-1), (grid > 0).sum(-1), order)
+    lists = (
+        (grid == FULL).sum(-1),
+        (grid > 0).sum(-1),
+        order,
+        xp.take_along_axis(slots, order, -1),
+    )
     return tuple(jnp.asarray(x, jnp.int32) for x in lists)
 
 

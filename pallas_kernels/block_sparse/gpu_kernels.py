@@ -66,12 +66,15 @@ def _held(cfg: Config, shape: tuple[int, ...], value: float) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _vector(cfg: Config, ref, along: int) -> Any:
-    """A vector in memory, held so that it can be repeated along the other axis of a tile."""
-    plgpu = mosaic_gpu()
+def _loaded(cfg: Config, ref, layout: Any) -> Any:
     if cfg.interpret:
         return ref[...]
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - along), optimized=False)
+    return mosaic_gpu().load(ref, (), layout=layout, optimized=False)
+
+
+def _vector(cfg: Config, ref, along: int) -> Any:
+    """A vector in memory, held so that it can be repeated along the other axis of a tile."""
+    return _loaded(cfg, ref, mosaic_gpu().Layout.WGMMA.reduce(1 - along))
 
 
 def _wide(x, shape, axis: int) -> Any:
@@ -88,7 +91,7 @@ def _scores(cfg: Config, s) -> tuple[Any, Any]:
     return cfg.soft_cap * t, 1 - t * t
 
 
-def _allowed(cfg: Config, vectors, offset, batch, head, row, column, flip: bool) -> Any:
+def _allowed(cfg: Config, vectors, offset, batch, head, row, column, slot, flip: bool) -> Any:
     """The mask on a tile [queries, keys], or [keys, queries] when flipped."""
     plgpu = mosaic_gpu()
     shape = (cfg.block_k, cfg.block_q) if flip else (cfg.block_q, cfg.block_k)
@@ -99,21 +102,30 @@ def _allowed(cfg: Config, vectors, offset, batch, head, row, column, flip: bool)
     j = ids(int(not flip)) + column * cfg.block_k
     tiles = []
     for ref, axis in zip(vectors, cfg.axes):
+        at = (batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0)
+        if axis == "stored":
+            part = ref.at[(*at, pl.ds(slot * shape[0], shape[0]), slice(None))]
+            tiles.append(_loaded(cfg, part, plgpu.Layout.WGMMA))
+            continue
         block, tile = (cfg.block_q, row) if axis == "q" else (cfg.block_k, column)
         along = int((axis == "q") == flip)
-        at = (batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0, 0)
-        x = _vector(cfg, ref.at[(*at, pl.ds(tile * block, block))], along)
+        x = _vector(cfg, ref.at[(*at, 0, pl.ds(tile * block, block))], along)
         tiles.append(_wide(x, shape, along))
     ok = cfg.mask(shape, batch, head, i, j, tiles)
     return ok & (j < cfg.keys) if cfg.keys % cfg.block_k else ok
 
 
 def _over(listed, batch, head, row, step, carry) -> Any:
-    """`carry = step(partial, tile, carry)` for the live tiles of a row: full ones, then partial."""
-    full, count, idx = listed
+    """`carry = step(partial, tile, slot, carry)` for the live tiles of a row, full ones first.
+
+    `slot`: where a partial tile is stored.
+    """
+    full, count, idx, stored = listed
     at = (batch if full.shape[0] > 1 else 0, head if full.shape[1] > 1 else 0, row)
     for partial, first, end in ((False, 0, full[at]), (True, full[at], count[at])):
-        carry = lax.fori_loop(first, end, lambda n, c, p=partial: step(p, idx[(*at, n)], c), carry)
+        carry = lax.fori_loop(
+            first, end, lambda n, c, p=partial: step(p, idx[(*at, n)], stored[(*at, n)], c), carry
+        )
     return carry
 
 
@@ -124,20 +136,20 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
     bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_q, cfg.block_k)
 
     def body(*refs):
-        q, k, v, sinks, offset, full, count, idx, *refs = refs
+        q, k, v, sinks, offset, full, count, idx, stored, *refs = refs
         *vectors, o, lse, q_s, k_s, v_s, o_s, lse_s, barrier, _ = refs
         batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         own = lax.div(head, jnp.int32(cfg.groups))
         here = pl.ds(row * bq, bq)
         _fetch([(q.at[batch, here, head], q_s)], barrier)
 
-        def step(partial, column, carry):
+        def step(partial, column, slot, carry):
             acc, m, l = carry
             there = pl.ds(column * bk, bk)
             _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
             s, _ = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
             if partial:
-                ok = _allowed(cfg, vectors, offset, batch, head, row, column, False)
+                ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, False)
                 s = jnp.where(ok, s, -jnp.inf)
             top = jnp.maximum(m, s.max(axis=1) * LOG2E)
             safe = jnp.where(top == -jnp.inf, 0.0, top)
@@ -151,7 +163,7 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
             m = _held(cfg, (bq,), 0.0) + sinks[head] * LOG2E
             l = jnp.where(m == -jnp.inf, 0.0, 1.0)
         carry = (_held(cfg, (bq, width), 0.0), m, l)
-        acc, m, l = _over((full, count, idx), batch, head, row, step, carry)
+        acc, m, l = _over((full, count, idx, stored), batch, head, row, step, carry)
         nothing = l == 0
         l = jnp.where(nothing, 1.0, l)
         o_s[...] = (acc / _wide(l, acc.shape, 0)).astype(o_s.dtype)
@@ -181,7 +193,7 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
     bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_q, cfg.block_k)
 
     def body(*refs):
-        q, k, v, do, far, delta, offset, full, count, idx, *refs = refs
+        q, k, v, do, far, delta, offset, full, count, idx, stored, *refs = refs
         *vectors, dq, q_s, do_s, k_s, v_s, barrier = refs
         batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         own = lax.div(head, jnp.int32(cfg.groups))
@@ -189,7 +201,7 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
         far, delta = (_vector(cfg, x.at[batch, head, here], 0) for x in (far, delta))
 
-        def step(partial, column, acc):
+        def step(partial, column, slot, acc):
             there = pl.ds(column * bk, bk)
             _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
             s, slope = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
@@ -197,11 +209,11 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
             ds = p * (_product(cfg, do_s, v_s, tile, True) - _wide(delta, tile, 0))
             ds = ds if slope is None else ds * slope
             if partial:
-                ok = _allowed(cfg, vectors, offset, batch, head, row, column, False)
+                ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, False)
                 ds = jnp.where(ok, ds, 0.0)
             return acc + _product(cfg, ds.astype(k_s.dtype), k_s, (bq, H))
 
-        acc = _over((full, count, idx), batch, head, row, step, _held(cfg, (bq, H), 0.0))
+        acc = _over((full, count, idx, stored), batch, head, row, step, _held(cfg, (bq, H), 0.0))
         q_s[...] = (acc * cfg.scale).astype(q_s.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq.at[batch, here, head])
@@ -216,14 +228,21 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
     return run(q, k, v, do, far, delta, offset, *listed, *vectors)[0]
 
 
+def _turned(cfg: Config, store):
+    """Stored tiles [b, h, P block_q, block_k], each transposed."""
+    tiles = store.reshape(*store.shape[:2], -1, cfg.block_q, cfg.block_k).swapaxes(3, 4)
+    return tiles.reshape(*store.shape[:2], -1, cfg.block_q)
+
+
 def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
     """dk [B, S, K, H], dv [B, S, K, H']: scores are [keys, queries] here."""
     plgpu = mosaic_gpu()
     (B, S, K, H), width = k.shape, v.shape[3]
+    vectors = [_turned(cfg, x) if axis == "stored" else x for x, axis in zip(vectors, cfg.axes)]
     bq, bk, tile = cfg.block_q, cfg.block_k, (cfg.block_k, cfg.block_q)
 
     def body(*refs):
-        q, k, v, do, far, delta, offset, full, count, idx, *refs = refs
+        q, k, v, do, far, delta, offset, full, count, idx, stored, *refs = refs
         *vectors, dk, dv, q_s, do_s, k_s, v_s, barrier = refs
         batch, own, column = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         there = pl.ds(column * bk, bk)
@@ -232,7 +251,7 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         def of_head(group, carry):
             head = own * cfg.groups + group
 
-            def step(partial, row, carry):
+            def step(partial, row, slot, carry):
                 dk, dv = carry
                 here = pl.ds(row * bq, bq)
                 _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
@@ -242,12 +261,12 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
                 ds = p * (_product(cfg, v_s, do_s, tile, True) - _wide(deltai, tile, 1))
                 ds = ds if slope is None else ds * slope
                 if partial:
-                    ok = _allowed(cfg, vectors, offset, batch, head, row, column, True)
+                    ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, True)
                     p, ds = jnp.where(ok, p, 0.0), jnp.where(ok, ds, 0.0)
                 dv = dv + _product(cfg, p.astype(do_s.dtype), do_s, (bk, width))
                 return dk + _product(cfg, ds.astype(q_s.dtype), q_s, (bk, H)), dv
 
-            return _over((full, count, idx), batch, head, column, step, carry)
+            return _over((full, count, idx, stored), batch, head, column, step, carry)
 
         carry = (_held(cfg, (bk, H), 0.0), _held(cfg, (bk, width), 0.0))
         dk_, dv_ = lax.fori_loop(0, cfg.groups, of_head, carry)

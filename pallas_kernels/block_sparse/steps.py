@@ -69,7 +69,7 @@ class Steps:
 
 def by_query_tile(grid: Any) -> Steps:
     """Steps for o and dq from the kinds of all tiles, int8 [b, h, nq, nk]."""
-    return _flatten(grid, _number(grid), 1)
+    return _flatten(grid, number(grid), 1)
 
 
 def by_key_tile(grid: Any, groups: int) -> Steps:
@@ -82,7 +82,7 @@ def by_key_tile(grid: Any, groups: int) -> Steps:
         x = xp.broadcast_to(x, (*x.shape[:2], groups, nq, nk)).transpose(0, 1, 4, 2, 3)
         return x.reshape(*x.shape[:2], nk, groups * nq)
 
-    return _flatten(turned(grid), turned(_number(grid)), groups)
+    return _flatten(turned(grid), turned(number(grid)), groups)
 
 
 def partial_tiles(grid: Any) -> tuple[Any, Any]:
@@ -95,14 +95,13 @@ def partial_tiles(grid: Any) -> tuple[Any, Any]:
     return at // grid.shape[3], at % grid.shape[3]
 
 
-def _number(grid: Any) -> Any:
+def number(grid: Any) -> Any:
     """0, 1, ... for the partial tiles of a batch row and head; anything else for others."""
     flat = (grid == PARTIAL).reshape(*grid.shape[:2], -1).astype(np.int32)
-    number = (flat.cumsum(-1) - 1).reshape(grid.shape)
-    return number.clip(0)
+    return (flat.cumsum(-1) - 1).clip(0).reshape(grid.shape)
 
 
-def _flatten(kind: Any, number: Any, groups: int) -> Steps:
+def _flatten(kind: Any, numbers: Any, groups: int) -> Steps:
     """From kinds and numbers [b, h, outer, groups * inner]."""
     xp: Any = np if isinstance(kind, np.ndarray) else jnp
     b, h, outer, wide = kind.shape
@@ -135,5 +134,5 @@ def _flatten(kind: Any, number: Any, groups: int) -> Steps:
     words = xp.take_along_axis(words, order, -1)
     # A list shorter than the longest ends with turns on its last tile that do nothing.
     words = xp.where(slot < count[..., None], words, words & ~15).astype(np.int32)
-    stored = xp.take_along_axis(number.reshape(b, h, -1), order, -1).astype(np.int32)
+    stored = xp.take_along_axis(numbers.reshape(b, h, -1), order, -1).astype(np.int32)
     return Steps(words, slots if xp is np else count.max(), packing, stored)
