@@ -45,15 +45,16 @@ def prune(batch: Mapping[str, Array], removed: Bool[Array, "B T"]) -> Rows:
     gone = jnp.pad(removed, ((0, 0), (0, 1)))
     order = jnp.argsort(gone, axis=1, stable=True)
     left = T + 1 - gone.sum(1, keepdims=True)
-    there = jnp.arange(T + 1)[None] < left
+    place = jnp.arange(T + 1)[None]
 
-    def closed(x, fill):
-        return jnp.where(there, jnp.take_along_axis(x, order, 1), fill)
+    def closed(x, end, fill):
+        return jnp.where(place < end, jnp.take_along_axis(x, order, 1), fill)
 
-    whole, weights = closed(whole, 0), closed(weights, 0.0)
-    segments = closed(jnp.pad(batch["segments"], ((0, 0), (0, 1)), mode="edge"), -1)[:, :-1]
+    whole, weights = closed(whole, left, 0), closed(weights, left, 0.0)
+    segments = jnp.pad(batch["segments"], ((0, 0), (0, 1)), mode="edge")
+    segments = closed(segments, left - 1, -1)[:, :-1]  # the last token is a target only
     return {
-        "tokens": whole[:, :-1],
+        "tokens": jnp.where(place < left - 1, whole, 0)[:, :-1],
         "targets": whole[:, 1:],
         "weights": weights[:, 1:],
         "segments": segments,

@@ -96,7 +96,8 @@ def find(
         rule: which tokens count.
         span: where to look, e.g. without the marks of a template; None: the whole prompt.
     """
-    span = before_answer(batch) if span is None else span & (batch["segments"] >= 0)
+    prompt = before_answer(batch)
+    span = prompt if span is None else span & prompt
     scaled = [min_max(sensitivity(model, batch), span) for model in (teacher, student)]
     score, differs = confounder_score(*scaled, span)
     chosen = select(score, span & differs[:, None], rule, batch["tokens"])

@@ -69,8 +69,8 @@ class LeaF(Paper):
     heads: int = 4
     teacher_steps: int = 1200
     student_steps: int = 300
-    lr: float = 2e-3
-    rho: tuple[float, ...] = (0.98, 0.9)
+    lr: float = 4e-3
+    rho: tuple[float, ...] = (0.98,)
     corpus: int = 400
     steps: int = 300
     distil_lr: float = 5e-4
@@ -105,7 +105,8 @@ class LeaF(Paper):
     @classmethod
     def full(cls) -> "LeaF":
         return cls(
-            length=65, width=256, layers=4, teacher_steps=20_000, student_steps=2000, lr=5e-4,
+            length=65, width=256, layers=4, rho=(0.98, 0.9), teacher_steps=20_000,
+            student_steps=2000, lr=5e-4,
             corpus=20_000, steps=3000, quantile=0.05, items=5000,
         )  # fmt: skip
 
@@ -352,7 +353,14 @@ def _judged(found: Confounders, rows: dict) -> dict[str, Any]:
     score, student = np.asarray(found.score), np.asarray(found.student)
     lowest = np.where(span, score, np.inf).argmin(1)
     return {
-        "auc": np.array([_auc(-score[span], hint[span]), _auc(student[span], hint[span])]),
+        # each prompt is scaled for itself, and chosen from for itself
+        "auc": np.array(
+            [
+                np.nanmean([_auc(x[i][span[i]], hint[i][span[i]]) for i in range(len(x))])
+                for x in (-score, student)
+            ]
+        ),
+        "auc pooled": np.array([_auc(-score[span], hint[span]), _auc(student[span], hint[span])]),
         "first": hint[np.arange(len(hint)), lowest].mean(),
         "count": np.asarray(found.runs).max(1).mean(),
     }
@@ -403,11 +411,13 @@ def _rows(settings: LeaF, found: dict, measured: dict) -> tuple[Row, ...]:
                 "better than random deletion, random hint", "accuracy, LeaF minus random",
                 lead[:, 0], 0.0, baseline=float(random[i, :, 0].mean()),
             ),
-            of(
-                "attention to the confounder falls",
-                "attention on the hint at the answer, LeaF minus KD",
-                measured["attention"][1, i] - measured["attention"][0, i], 0.0, "<=",
-                baseline=float(measured["attention"][0, i].mean()),
+            *(
+                of(
+                    f"{name} to the confounder falls", f"{name} to the hint's tokens, LeaF minus KD",
+                    measured[name][1, i] - measured[name][0, i], 0.0, "<=",
+                    baseline=float(measured[name][0, i].mean()),
+                )
+                for name in ("attention", "sensitivity")
             ),
         ]  # fmt: skip
     return tuple(out)

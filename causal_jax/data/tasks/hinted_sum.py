@@ -72,7 +72,8 @@ class HintedSum(Task):
         u = uniforms("hinted_sum", seed, indices, self.draws)
         made, answer, hint = self._made(u)
         made_rows = rows(made, answer)
-        span = (made_rows["tokens"] > 1).astype(np.int32)
+        asked = np.cumsum(answer, axis=1)[:, 1:] > 0  # where the answer is predicted, and behind
+        span = (~asked & (made_rows["tokens"] > 1)).astype(np.int32)
         return made_rows | {"span": span, "hint": hint[:, :-1].astype(np.int32)}
 
     def _made(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
