@@ -218,13 +218,15 @@ def test_no_races(name):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
 
 
-def compiled(mask, topology, T=4096, H=128, N=4, K=2):
-    def f(q, k, v, do, dlse):
+def compiled(make, topology, T=4096, H=128, N=4, K=2):
+    def f(q, k, v, do, dlse, ids):
+        mask = make(ids)
         attend = lambda q, k, v, _: kernel(q, k, v, mask, tiles=Tiles(512, 512), interpret=False)  # noqa: E731
         return graded(attend, q, k, v, None, do, dlse)
 
     shapes = [jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (N, K, K, N)]
     shapes.append(jax.ShapeDtypeStruct((1, T, N), jnp.float32))
+    shapes.append(jax.ShapeDtypeStruct((1, T), jnp.int32))
     return _testing.compile_for_tpu(f, *shapes, topology=topology)
 
 
@@ -249,14 +251,17 @@ needs_compiler = pytest.mark.skipif(
     ],
 )
 def test_compiles_for_real_chips(name, topology, H):
-    masks = {
-        "documents": M.Causal() & M.Documents(jnp.zeros((1, 4096), jnp.int32)),
-        "keys": M.Causal() & M.Keys(jnp.ones((1, 4096), bool)),
-        "prefix": M.Causal() | M.Prefix(jnp.array([7])),
-        "bigbird": M.bigbird(4096, window=64, globals=64),
-        "top_k": M.Causal() & M.top_k_blocks(jnp.ones((1, 4, 8, 8)), 4, 512, 512),
+    makers = {
+        "documents": lambda ids: M.Causal() & M.Documents(ids),
+        "keys": lambda ids: M.Causal() & M.Keys(ids > 0),
+        "prefix": lambda ids: M.Causal() | M.Prefix(ids[:, 0]),
+        "bigbird": lambda ids: M.bigbird(4096, window=64, globals=64),
+        "top_k": lambda ids: (
+            M.Causal()
+            & M.top_k_blocks(ids.astype(jnp.float32)[:, :256].reshape(1, 4, 8, 8), 4, 512, 512)
+        ),
     }
-    text = compiled(masks.get(name, MASKS[name]), topology, H=H).as_text()
+    text = compiled(makers.get(name, lambda ids: MASKS[name]), topology, H=H).as_text()
     assert text.count("tpu_custom_call") >= 3  # o; dq; dk and dv
 
 

@@ -78,10 +78,9 @@ def dense_attention(
             mask) and `pattern` [B,N,T,S] float32 (only "reference" has them, and is chosen if they
             are wanted), `z` = o.
         implementation: None chooses and never fails; "reference", "xla", "cudnn", "tokamax", "tpu",
-            "gpu".
-            "reference" differentiates in every mode, the others in reverse mode only. "tpu" and
-            "gpu" (Hopper) are never chosen, only named: they have been interpreted and compiled or
-            lowered, not run on a chip. They are one program per device: under a mesh call them
+            "gpu". "reference" differentiates in every mode, the others in reverse mode only. "tpu"
+            and "gpu" (Hopper) are never chosen, only named: they have been interpreted and compiled
+            or lowered, not run on a chip. They are one program per device: under a mesh call them
             inside `jax.shard_map`.
 
     Returns:

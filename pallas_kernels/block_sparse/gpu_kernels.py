@@ -123,9 +123,11 @@ def _over(listed, batch, head, row, step, carry) -> Any:
     full, count, idx, stored = listed
     at = (batch if full.shape[0] > 1 else 0, head if full.shape[1] > 1 else 0, row)
     for partial, first, end in ((False, 0, full[at]), (True, full[at], count[at])):
-        carry = lax.fori_loop(
-            first, end, lambda n, c, p=partial: step(p, idx[(*at, n)], stored[(*at, n)], c), carry
-        )
+
+        def turn(n, carry, partial=partial):
+            return step(partial, idx[(*at, n)], stored[(*at, n)], carry)
+
+        carry = lax.fori_loop(first, end, turn, carry)
     return carry
 
 
