@@ -20,10 +20,12 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from causal_jax.errors import InputError
 from causal_jax.memory import _layer, _reference
@@ -242,6 +244,20 @@ class MemorySpec:
     def init_state(self, params: Mapping[str, Any], batch: int = 1) -> MemState:
         """The memory before the first token: M_0, no momentum, nothing in the convolutions."""
         return _layer.init_state(self, params, batch)
+
+    def load_state(self, params: Mapping[str, Any], path: str | Path) -> MemState:
+        """What `MemState.save` wrote.
+
+        Raises:
+            InputError: the state of another memory.
+        """
+        with np.load(path) as file:
+            written = str(file["form"])
+            if written != repr(self.form):
+                raise InputError(f"{path}: state of another memory, {written}; here {self.form}")
+            paths, tree = jax.tree_util.tree_flatten_with_path(self.init_state(params))
+            names = [jax.tree_util.keystr(at) for at, _ in paths]
+            return jax.tree.unflatten(tree, [jnp.asarray(file[n]) for n in names])
 
     def __call__(
         self,

@@ -1,10 +1,12 @@
 """What a memory carries from token to token, as a value: save it, hand it back, cut rows out of it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from causal_jax.errors import InputError
 from causal_jax.shapes import Array, Float, Int
@@ -70,6 +72,12 @@ class MemState:
         """The state of some rows of the batch."""
         index = index if isinstance(index, slice) else jnp.asarray(index)
         return jax.tree.map(lambda a: a[index], self)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to an `.npz` file; `MemorySpec.load_state` reads it."""
+        leaves = jax.tree_util.tree_leaves_with_path(self)
+        arrays = {jax.tree_util.keystr(at): np.asarray(leaf) for at, leaf in leaves}
+        np.savez(path, form=np.array(repr(self.form)), **arrays)
 
     def check(self) -> "MemState":
         """Itself; outside `jit` only.
