@@ -101,7 +101,7 @@ class MemorySpec:
         """The largest step size at which one key, repeated for ever, does not diverge, at the
         gates' starting values."""
         a, eta = 1 - _sigmoid(self.alpha_bias), _sigmoid(self.eta_bias)
-        return (1 + (a if self.decay else 1)) * (1 + (eta if self.momentum else 0))
+        return (1.0 + (a if self.decay else 1)) * (1.0 + (eta if self.momentum else 0))
 
     @property
     def default_theta(self) -> float:
