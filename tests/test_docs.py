@@ -1,4 +1,4 @@
-"""The Python of the pages in docs/ runs, block after block, and leaves the registries as they were."""
+"""The Python of the pages in docs/ runs, block after block; the registries stay as they were."""
 
 import re
 from pathlib import Path
