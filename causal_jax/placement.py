@@ -37,6 +37,15 @@ def with_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def rows_here(rows: int) -> int:
+    """Of `rows` of a batch, how many one device holds under the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1
+    for name, kind in zip(mesh.axis_names, mesh.axis_types):
+        parts *= mesh.shape[name] if kind == AxisType.Auto and name in BATCH else 1
+    return rows if rows % parts else rows // parts
+
+
 def time_is_whole() -> bool:
     """Whether no mesh axis cuts the time axis here: [B, T, ...] may be folded to [B T, ...]."""
     return jax.sharding.get_abstract_mesh().shape.get(TIME, 1) == 1

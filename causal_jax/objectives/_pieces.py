@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from causal_jax.placement import rows_here
 from causal_jax.shapes import Array
 
 
@@ -37,5 +38,11 @@ def in_pieces(
 
 
 def piece_length(rows: int, vocab: int, mebibytes: int) -> int:
-    """Positions per piece so that float32 logits [rows, piece, vocab] fill so many mebibytes."""
-    return max(1, mebibytes * 2**20 // (4 * rows * vocab))
+    """Positions per piece so that one device's float32 logits fill so many mebibytes.
+
+    Args:
+        rows: of the whole batch; what counts is the share of them that a device holds.
+        vocab: logits per position.
+        mebibytes: most of one piece on one device.
+    """
+    return max(1, mebibytes * 2**20 // (4 * rows_here(rows) * vocab))

@@ -124,7 +124,7 @@ class Distil(Objective):
         maps: what of them: "outputs" of the heads (squared error) or "patterns" (divergence; makes
             [B, N, T, T] arrays).
         layers: (student's, teacher's) layers that are compared; empty: all, one to one.
-        logits_mib: most mebibytes of float32 logits to hold at a time.
+        logits_mib: most mebibytes of float32 logits that a device holds at a time.
     """
 
     kind: Kind = "forward"

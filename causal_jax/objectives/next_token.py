@@ -16,7 +16,7 @@ class NextToken(Objective):
 
     Attributes:
         z_loss: keeps the normaliser near 1 (arXiv 2204.02311 uses 1e-4).
-        logits_mib: most mebibytes of float32 logits to hold at a time.
+        logits_mib: most mebibytes of float32 logits that a device holds at a time.
     """
 
     z_loss: float = 0.0

@@ -110,7 +110,11 @@ def _plan(args: Any) -> int:
 
 
 def _process(peak: int) -> dict[str, int]:
-    """Peak resident memory of a process that runs this, on Linux: this one has all but the data."""
+    """Peak resident memory of a process that runs this, on Linux: this one with all libraries."""
+    from orbax.checkpoint import v1  # noqa: F401
+
+    import causal_jax.training.loop  # noqa: F401
+
     status = Path("/proc/self/status")
     now = int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 if status.exists() else 0
     print(

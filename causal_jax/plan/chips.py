@@ -14,7 +14,7 @@ from typing import Any
 
 from causal_jax.errors import InputError
 
-GIB = 2**30
+GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def target(name: str, slices: int = 1) -> Target:
         return _this_machine(name, int(size or 0))
     if kind in ("gpu", "cuda", "rocm") or re.fullmatch(r"[ahb]\d{2,3}.*", kind):
         raise InputError(
-            f"--topology {name}: programs for GPUs cannot be compiled here; that needs a GPU plug-in "
-            "of JAX and its device description. Known:\n" + valid()
+            f"--topology {name}: programs for GPUs cannot be compiled here, that needs a "
+            "GPU plug-in of JAX and its device description. Known:\n" + valid()
         )
     chip = CHIPS.get(kind)
     if chip is None or size not in chip.sizes:

@@ -132,8 +132,8 @@ class _Reader:
             return  # an asynchronous one stands in the text once per part of its way
         self._channels.add((channel, times))
         groups = _groups(ins.rest)
-        result = sum(s for s, _ in _arrays(ins.type))
-        inputs = sum(s for o in ins.operands if o in body for s, _ in _arrays(body[o].type))
+        result = math.fsum(s for s, _ in _arrays(ins.type))
+        inputs = math.fsum(s for o in ins.operands if o in body for s, _ in _arrays(body[o].type))
         if ins.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
             result = max(result - inputs, 0.0)  # the type repeats the operands
         n = groups.shape[1] if groups is not None else 1
@@ -158,7 +158,7 @@ class _Reader:
             return 2 * _outside(body[ins.operands[1]].type) if ins.operands[1] in body else 0.0
         inner = self.computations.get(_attribute(ins.rest, "calls"), {}) if op == "fusion" else {}
         if not inner:
-            read_ = sum(_outside(body[o].type) for o in ins.operands if o in body)
+            read_ = math.fsum(_outside(body[o].type) for o in ins.operands if o in body)
             return read_ + _outside(ins.type)
         total, written = 0.0, _updates(inner)
         parameters = {int(p.operands[0]): p for p in inner.values() if p.opcode == "parameter"}
@@ -177,7 +177,7 @@ def _used(inner: dict[str, Instruction], name: str, size: float) -> float:
         if name not in ins.operands:
             continue
         if ins.opcode in ("dynamic-slice", "slice"):
-            touched += sum(s for s, _ in _arrays(ins.type))
+            touched += math.fsum(s for s, _ in _arrays(ins.type))
         elif ins.opcode == "dynamic-update-slice" and ins.operands[0] == name:
             continue
         elif ins.opcode == "bitcast":
@@ -189,7 +189,7 @@ def _used(inner: dict[str, Instruction], name: str, size: float) -> float:
 
 def _updates(inner: dict[str, Instruction]) -> float:
     """Bytes written by a fusion that updates slices in place, else 0."""
-    return sum(
+    return math.fsum(
         size
         for ins in inner.values()
         if ins.opcode == "dynamic-update-slice" and ins.operands[1] in inner
@@ -268,7 +268,7 @@ def _arrays(text: str) -> list[tuple[float, bool]]:
 
 
 def _outside(text: str) -> float:
-    return sum(size for size, outside in _arrays(text) if outside)
+    return math.fsum(size for size, outside in _arrays(text) if outside)
 
 
 def _groups(rest: str) -> Any:

@@ -126,27 +126,29 @@ def serving(recipe: Recipe, target: Target) -> list[Traced]:
     abstract, whole = state.abstract_state(recipe.model, tx, mesh, rules=recipe.mesh.rules)
     params = abstract["params"]
 
+    kinds = []  # of cache
+
     def prefill(params, tokens):
         model: Any = nnx.merge(graph, params)
         h, cache = model.extend_hidden(tokens, model.init_cache(*tokens.shape))
-        return model.unembed(h[:, -1:]), cache
+        kinds.append(jax.tree.structure(cache))
+        return model.unembed(h[:, -1:]), jax.tree.leaves(cache)
 
-    def decode(params, token, cache):
+    def decode(params, token, leaves):
         model: Any = nnx.merge(graph, params)
-        logits, cache = model.extend(token, cache)
-        return jnp.argmax(logits, -1), cache
+        logits, cache = model.extend(token, jax.tree.unflatten(kinds[0], leaves))
+        return jnp.argmax(logits, -1), jax.tree.leaves(cache)
 
     def tokens(columns):
         where = NamedSharding(mesh, PartitionSpec(BATCH, None))
         return jax.ShapeDtypeStruct((rows, columns), "int32", sharding=where)
 
     with jax.set_mesh(mesh), compiling_for(target.platform):
-        _, cache = jax.eval_shape(prefill, params, tokens(length))
-        cache = jax.tree.map(lambda a: _placed(mesh, a), cache)
-        where = jax.tree.map(lambda a: a.sharding, cache)
-        logits = NamedSharding(mesh, PartitionSpec(BATCH))
-        first = jax.jit(prefill, out_shardings=(logits, where)).trace(params, tokens(length))
-        next_ = jax.jit(decode, donate_argnums=2, out_shardings=(logits, where)).trace(
+        _, shapes = jax.eval_shape(prefill, params, tokens(length))
+        cache = [_placed(mesh, a) for a in shapes]
+        where = (NamedSharding(mesh, PartitionSpec(BATCH)), [a.sharding for a in cache])
+        first = jax.jit(prefill, out_shardings=where).trace(params, tokens(length))
+        next_ = jax.jit(decode, donate_argnums=2, out_shardings=where).trace(
             params, tokens(1), cache
         )
     sizes = {"parameters": bytes_per_chip(params), "cache": bytes_per_chip(cache)}

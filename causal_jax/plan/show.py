@@ -96,9 +96,9 @@ def _stack(ax, names, kinds, values, unit) -> None:
     ax.set_xticks(range(len(names)), names)
 
 
-def _gib(size: float) -> str:
+def _gib(size: int | float) -> str:
     return f"{size / 2**30:.3f}"
 
 
-def _ms(seconds: float) -> str:
+def _ms(seconds: int | float) -> str:
     return f"{1e3 * seconds:.4g}"

@@ -5,6 +5,9 @@
     tensor   heads and feed-forward columns are split (arXiv 1909.08053)
     context  the time axis is split
 
+Slices of a pod that only the data-centre network joins are crossed by `data` alone: gradients are
+summed once a step, everything else stays within a slice.
+
 The program is the same on every mesh: shardings are only attached to the step's inputs and outputs,
 and the compiler inserts the communication.
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from causal_jax.errors import InputError
@@ -78,7 +82,8 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
     """The mesh of a config, with Auto axes.
 
     Raises:
-        InputError: the axes do not multiply to a number of devices that is there.
+        InputError: the axes do not multiply to a number of devices that is there, or `data` cannot
+            be shared out to the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(spec, axis) for axis in AXES}
@@ -102,7 +107,18 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
         )
     shape = tuple(sizes.values())
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:used])
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices[:used]})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:used])
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh.data = {sizes['data']} must be a multiple of the {slices} slices: only `data` "
+            "goes across the network between them"
+        )
+    within = (sizes["data"] // slices, *shape[1:])
+    across = (slices, *(1,) * (len(AXES) - 1))
+    laid = mesh_utils.create_hybrid_device_mesh(within, across, devices[:used])
+    return Mesh(laid, AXES, axis_types=types)
 
 
 def state_shardings(
