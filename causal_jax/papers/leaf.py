@@ -413,7 +413,8 @@ def _rows(settings: LeaF, found: dict, measured: dict) -> tuple[Row, ...]:
             ),
             *(
                 of(
-                    f"{name} to the confounder falls", f"{name} to the hint's tokens, LeaF minus KD",
+                    f"{name} to the confounder falls",
+                    f"{name} to the hint's tokens, LeaF minus KD",
                     measured[name][1, i] - measured[name][0, i], 0.0, "<=",
                     baseline=float(measured[name][0, i].mean()),
                 )
