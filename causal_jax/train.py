@@ -48,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if isinstance(e, NotFinite):
             return _fail(1, f"stopped: {e}")
+        if _lost(e):
+            _fail(
+                1,
+                "stopped: another process of this run ended or cannot be reached "
+                f"({' '.join(str(e).split())[:160]}). Start all of them again, as many as there "
+                "are hosts now, with the same command: it goes on from the last checkpoint",
+            )
+            os._exit(1)  # a regular end would wait for the others
         fault = storage_fault(e)
         if fault is None:
             traceback.print_exc()
@@ -102,6 +110,15 @@ def _connect(wanted: bool) -> None:
             f"{names[1]} = {count!r} and {names[2]} = {index!r}: with {names[0]} set, both are "
             "needed, the number of processes and the index of this one"
         )
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the processes of this run can no longer hear each other."""
+    import jax
+
+    words = ("gloo", "coordination", "heartbeat", "unavailable", "connection", "deadline_exceeded")
+    said = str(error).lower()
+    return jax.process_count() > 1 and any(word in said for word in words)
 
 
 def _fail(code: int, message: str) -> int:

@@ -135,3 +135,30 @@ def test_two_processes_stop_together_and_one_goes_on(recipe_file, tmp_path):
     alone = _start(recipe_file, run, "--config.steps", steps, processes=1, devices=2)
     (out,) = _finish(alone)
     assert f"going on from step {done}" in out
+
+
+@pytest.mark.slow
+def test_four_processes_lose_one_and_two_go_on(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    words = ["--config.steps", "100000", "--config.checkpoint.every", "5"]
+    started = _start(recipe_file, run, *words, processes=4, devices=1)
+    try:
+        end = time.time() + 200
+        while not any(run.glob("checkpoints/[0-9]*")) or len(_losses(run)) < 8:
+            assert time.time() < end
+            assert all(p.poll() is None for p in started), [p.communicate() for p in started]
+            time.sleep(0.05)
+        started[2].send_signal(signal.SIGKILL)
+        rest = [p for i, p in enumerate(started) if i != 2]
+        ended = [p.communicate(timeout=200) for p in rest]
+    finally:
+        for p in started:
+            p.kill()
+    assert all(p.returncode not in (0, None) for p in rest)
+    said = "".join(err for _, err in ended)
+    assert "another process of this run ended or cannot be reached" in said
+    assert "Start all of them again" in said
+    done = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
+    words = ["--config.steps", str(done + 3)]
+    first, _ = _finish(_start(recipe_file, run, *words, processes=2, devices=2))
+    assert f"going on from step {done}" in first
