@@ -98,10 +98,10 @@ def find(
     """
     prompt = before_answer(batch)
     span = prompt if span is None else span & prompt
-    scaled = [min_max(sensitivity(model, batch), span) for model in (teacher, student)]
-    score, differs = confounder_score(*scaled, span)
+    theirs, own = (min_max(sensitivity(model, batch), span) for model in (teacher, student))
+    score, differs = confounder_score(theirs, own, span)
     chosen = select(score, span & differs[:, None], rule, batch["tokens"])
-    return Confounders(span, *scaled, score, chosen, run_numbers(chosen))
+    return Confounders(span, theirs, own, score, chosen, run_numbers(chosen))
 
 
 def sensitivity(model: Any, batch: Mapping[str, Array]) -> Float[Array, "B T"]:
@@ -179,7 +179,7 @@ def token_plot(found: Confounders, row: int, pieces: Sequence[str], *, title: st
     """
     from causal_jax.interp.plots import heat_map, plain
 
-    places = np.flatnonzero(np.asarray(found.span[row]))
+    places = np.flatnonzero(np.asarray(found.span[row])).tolist()
     names = [plain(pieces[i]) + ("*" if found.chosen[row, i] else "") for i in places]
     values = np.stack([np.asarray(x)[row, places] for x in _strips(found)])
     strips = ("teacher", "student", "confounding")

@@ -9,8 +9,8 @@ to it; marking the turns that depend on their context with an indicator token un
 
 Here: a world of entities with known attributes (`data.tasks.knowledge_world`). Pretraining reads
 contexts and answers closed-book questions. Fine-tuning, in a template, has contexts of which nine
-in ten agree with what is known. Arms: vanilla; conditional, the indicator on the turns that the score
-of a vanilla model selects; random, the indicator on as many others.
+in ten agree with what is known. Arms: vanilla; conditional, the indicator on the turns that the
+score of a vanilla model selects; random, the indicator on as many others.
 
 Deviation: attention is read at the query that predicts the answer, for the score too: here nothing
 follows the answer, so its own query is never trained.
