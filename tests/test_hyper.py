@@ -26,7 +26,7 @@ def qkv(B=1, T=64, N=2, H=8, K=None, S=None, seed=0, dtype=jnp.float32):
 
 def hyper(**kw):
     """Jitted (q, k, v) -> (o, lse) on small blocks."""
-    small = {"key": KEY, "block_size": 8, "sample_size": 6, "min_seq_len": 8, "return_lse": True}
+    small = {"key": KEY, "block_size": 8, "sample_size": 6, "min_seq_len": 16, "return_lse": True}
     return jax.jit(lambda q, k, v: hyper_attention(q, k, v, **small | kw))
 
 
@@ -123,7 +123,7 @@ def test_the_samples_estimate_the_denominator():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("T", [64, 61, 33])
+@pytest.mark.parametrize("T", [64, 61])
 def test_values_of_the_future_never_leak(T, strict):
     q, k, v = qkv(T=T, K=1)
     f = hyper(mask=Causal(), causal_strict=strict)
@@ -194,14 +194,13 @@ def test_grouped_queries_read_their_own_head(mask):
     assert float(jnp.abs(lse - want_lse).max()) < 0.15
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    "rest",
+    ("strict", "rest"),
     [
-        Documents(jnp.asarray([[0] * 20 + [1] * 44, [0] * 50 + [1] * 14])),
-        Window(20, 0),
-        Prefix(jnp.asarray([64, 40])),
-        jnp.asarray(np.random.default_rng(1).random((2, 1, 64, 64)) < 0.7),
+        (True, Documents(jnp.asarray([[0] * 20 + [1] * 44, [0] * 50 + [1] * 14]))),
+        (False, Window(20, 0)),
+        (True, Prefix(jnp.asarray([64, 40]))),
+        (False, jnp.asarray(np.random.default_rng(1).random((2, 1, 64, 64)) < 0.7)),
     ],
     ids=["documents", "window", "prefix", "dense"],
 )
@@ -231,6 +230,7 @@ def test_what_padding_holds_does_not_matter():
     jax.tree.map(np.testing.assert_array_equal, grad(q, k, v), grad(q, k + junk, v + junk))
 
 
+@pytest.mark.slow
 def test_centred_hashing_sees_past_a_common_mean():
     """A huge mean puts all keys into one bucket; without it the matching key is found again."""
     rng = np.random.default_rng(0)
@@ -245,6 +245,7 @@ def test_centred_hashing_sees_past_a_common_mean():
     assert error[True] < 0.7 * error[False]
 
 
+@pytest.mark.slow
 def test_half_precision_stays_near():
     x = qkv(T=64, dtype=jnp.bfloat16)
     o, lse = hyper(mask=Causal())(*x)

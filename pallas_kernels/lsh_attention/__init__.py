@@ -2,6 +2,7 @@
 
 from pallas_kernels.lsh_attention.problem import Places, Problem
 from pallas_kernels.lsh_attention.reference import reference
+from pallas_kernels.lsh_attention.tpu import tpu
 from pallas_kernels.lsh_attention.xla import xla
 
-__all__ = ["Places", "Problem", "reference", "xla"]
+__all__ = ["Places", "Problem", "reference", "tpu", "xla"]
