@@ -10,10 +10,20 @@ from causal_jax.errors import InputError
 from causal_jax.train import main
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
+ALIKE = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
 
 
 @pytest.fixture(params=CONFIGS, ids=[p.stem for p in CONFIGS])
 def path(request):
+    return request.param
+
+
+@pytest.fixture(
+    params=[pytest.param(p, marks=pytest.mark.slow if p in ALIKE else ()) for p in CONFIGS],
+    ids=[p.stem for p in CONFIGS],
+)
+def trained(request):
+    """One of a family that comes from one factory is enough by default."""
     return request.param
 
 
@@ -39,8 +49,8 @@ def test_unknown_argument_is_refused(path):
         config.load(f"{path}:smok", [])
 
 
-def test_smoke_trains_saves_and_goes_on(path, tmp_path, capsys):
-    words = ["--config", f"{path}:smoke", "--config.workdir", str(tmp_path / "run")]
+def test_smoke_trains_saves_and_goes_on(trained, tmp_path, capsys):
+    words = ["--config", f"{trained}:smoke", "--config.workdir", str(tmp_path / "run")]
     assert main([*words, "--config.steps", "3"]) == 0
     assert main(words) == 0
     said = capsys.readouterr().out

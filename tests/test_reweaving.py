@@ -14,10 +14,10 @@ from causal_jax.memory.reweaving import Reweaving
 from causal_jax.models.decoder import Decoder
 from causal_jax.models.rewoven import Rewoven
 
-C, S, D, L = 4, 3, 8, 4
+C, S, D, L = 4, 3, 8, 2
 SPEC = Rewoven(
     base=Decoder(vocab=11, layers=L, width=D, heads=2, hidden=16, context=C),
-    reweaving=Reweaving(segment=C, slots=4, capture=2),
+    reweaving=Reweaving(segment=C, slots=4, capture=2, capture_layers=(0, 1), reweave_layers=(1,)),
 )
 
 
@@ -43,13 +43,15 @@ def ids(rows=2, length=S * C, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(graph, params, tokens, store):
-    h, store, _ = nnx.merge(graph, params).read(tokens, store)
+def _read(graph, params, tokens, store, segments):
+    h, store, _ = nnx.merge(graph, params).read(tokens, store, segments=segments)
     return h, store
 
 
-def read(m, tokens, store=None):
-    return _read(*nnx.split(m), tokens, m.init_store(len(tokens)) if store is None else store)
+def read(m, tokens, store=None, segments=None):
+    store = m.init_store(len(tokens)) if store is None else store
+    segments = jnp.zeros_like(tokens) if segments is None else segments
+    return _read(*nnx.split(m), tokens, store, segments)
 
 
 def segmentwise(base, tokens):
@@ -99,7 +101,7 @@ def test_what_is_far_back_comes_through_the_store_only():
 def test_a_store_that_is_large_enough_holds_every_segments_choice():
     spec = Reweaving(segment=C, slots=2 * S, capture=2, soft_weight=False)
     params = spec.init(jax.random.key(0), width=D, layers=L)
-    h = jax.random.normal(jax.random.key(1), (S, 2, 3, C, D))
+    h = jax.random.normal(jax.random.key(1), (S, 2, 1, C, D))
     store, chosen = spec.init_store(2, width=D, layers=L), []
     for part in h:
         r = spec.score(params, part, store.count)
@@ -118,7 +120,7 @@ def test_first_in_first_out_with_much_recency():
     params = spec.init(jax.random.key(0), width=D, layers=L)
     store = spec.init_store(1, width=D, layers=L)
     for i in range(3):
-        h = jax.random.normal(jax.random.key(i), (1, 3, C, D))
+        h = jax.random.normal(jax.random.key(i), (1, 1, C, D))
         store = spec.captured_into(
             store, h, spec.score(params, h, store.count), jnp.full((1, C), i, jnp.int32)
         )
@@ -189,9 +191,8 @@ def test_the_scores_learn_once_something_is_woven_in():
 def test_documents_recall_nothing_of_each_other():
     m, tokens, other = model(), ids(), ids(seed=1)
     segments = jnp.broadcast_to((jnp.arange(S * C) >= C + 2).astype(jnp.int32)[None], tokens.shape)
-    graph, params = nnx.split(m)
-    f = jax.jit(lambda p, t: nnx.merge(graph, p).hidden(t, segments=segments))
-    one, two = f(params, tokens), f(params, jnp.where(segments == 0, other, tokens))
+    changed = jnp.where(segments == 0, other, tokens)
+    one, two = (read(m, t, segments=segments)[0] for t in (tokens, changed))
     np.testing.assert_allclose(one[:, C + 2 :], two[:, C + 2 :], atol=1e-6)
 
 

@@ -37,7 +37,9 @@ class Gates:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemState:
-    """A memory between two tokens. Every array's first axis is the row of the batch.
+    """A memory between two tokens. Every array's first axis is the row of the batch, B.
+
+    The states of stacked layers may be one, with the layers L in front.
 
     Attributes:
         weights: the fast leaves of M, [B, N, ...], float32.
@@ -63,9 +65,9 @@ class MemState:
     pending: dict[str, Any] | None
     recent: Leaves | None
     conv: Leaves | None
-    position: Int[Array, "B"]
-    segment: Int[Array, "B"]
-    bad: Int[Array, "B"]
+    position: Int[Array, "*L B"]
+    segment: Int[Array, "*L B"]
+    bad: Int[Array, "*L B"]
     form: tuple[tuple[str, Any], ...] = dataclasses.field(metadata={"static": True}, default=())
 
     def rows(self, index: slice | list[int] | Int[Array, "K"]) -> "MemState":

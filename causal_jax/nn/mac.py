@@ -33,7 +33,7 @@ from causal_jax.errors import InputError
 from causal_jax.memory import MemState
 from causal_jax.nn.attention import Rotations
 from causal_jax.nn.linear import matmul
-from causal_jax.nn.mixer import Mixer, check_plain, layer_of, mixers, with_layer
+from causal_jax.nn.mixer import Mixer, check_plain, layer_of, mixers, of_layers, with_layer
 from causal_jax.nn.titans import (
     Combination,
     Combine,
@@ -176,14 +176,14 @@ class MACMixer(Mixer):
                 f"mask={self.spec.mask!r}, read={self.spec.read!r}: tokens see ahead, which cannot "
                 "be decoded; expected mask='strict' and read='token'"
             )
-        a, graph_params = self.attention, nnx.split(self)
+        a = self.attention
         nothing = jnp.zeros((batch, 2 * self.spec.segment, a.kv_heads, a.head_dim), dtype)
 
-        def one(params):
-            carry = nnx.merge(graph_params[0], params)._start(batch)
+        def one(mixer):
+            carry = mixer._start(batch)
             return Open(carry, carry.memory.weights, nothing, nothing)
 
-        return jax.vmap(one)(graph_params[1])
+        return of_layers(self, one)
 
     def extend(
         self,
@@ -256,11 +256,11 @@ class MACMixer(Mixer):
         """Output of up to C tokens that begin a segment, the carry, and their keys and values."""
         x, q, k, v, *rest = part
         segments = rest[0] if rest else None
-        seen: Any = mac_mask(x.shape[1], self.spec.persistent, self.spec.mask)
+        seen = jnp.asarray(mac_mask(x.shape[1], self.spec.persistent, self.spec.mask))
         if segments is not None:
             other = segments[:, 0] != carry.memory.segment
             carry = _where(other & (carry.memory.segment >= 0), fresh, carry)
-            seen = jnp.asarray(seen) & _same_document(segments, carry, self.spec.persistent)
+            seen = seen & _same_document(segments, carry, self.spec.persistent)
         h, past = self._read(x, carry.memory.weights, carry, tap.scope("mac"))
         if segments is not None and past is not None:
             past = _of_last_document(past, segments, carry.memory.segment)

@@ -10,6 +10,7 @@ The cache is whatever the mechanism remembers, stacked over layers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -109,3 +110,17 @@ def with_layer(cache: Any, layer: int | Int[Array, ""], new: Any) -> Any:
     return jax.tree.map(
         lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n.astype(c.dtype), layer, 0), cache, new
     )
+
+
+def of_layers(mixer: Mixer, make: Callable[[Any], Any]) -> Any:
+    """make(mixer) for every layer of stacked parameters, stacked."""
+    graph, params = nnx.split(mixer)
+    trees = []
+
+    def leaves(params):
+        flat, tree = jax.tree.flatten(make(nnx.merge(graph, params)))
+        trees.append(tree)
+        return flat
+
+    flat = jax.vmap(leaves)(params)
+    return jax.tree.unflatten(trees[0], flat)

@@ -27,7 +27,15 @@ from causal_jax.errors import InputError
 from causal_jax.memory import Delta, MemorySpec, MemState
 from causal_jax.nn.attention import Rotations
 from causal_jax.nn.linear import Linear
-from causal_jax.nn.mixer import Mixer, MixerSpec, check_plain, layer_of, mixers, with_layer
+from causal_jax.nn.mixer import (
+    Mixer,
+    MixerSpec,
+    check_plain,
+    layer_of,
+    mixers,
+    of_layers,
+    with_layer,
+)
 from causal_jax.nn.norm import RMSNorm
 from causal_jax.positions import Rotary, turn
 from causal_jax.shapes import Array, Float, Int
@@ -267,8 +275,7 @@ class LMMMixer(Mixer):
 
     def init_cache(self, layers: int, batch: int, length: int, dtype: Any) -> Any:
         """As before the first token; its size does not depend on `length`."""
-        graph, params = nnx.split(self)
-        return jax.vmap(lambda p: nnx.merge(graph, p).fresh(batch, dtype))(params)
+        return of_layers(self, lambda mixer: mixer.fresh(batch, dtype))
 
     def extend(
         self,
