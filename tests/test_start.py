@@ -128,14 +128,14 @@ def test_a_checkpoint_of_transformers_is_a_start(tmp_path, capsys):
 def test_what_cannot_be_a_start(first, tmp_path):
     with pytest.raises(InputError, match=r"nowhere/at-all.*: no such file or folder"):
         train(recipe(tmp_path / "a", start="./nowhere/at-all/x"))
-    with pytest.raises(InputError, match="3 layers|cannot become 3"):
+    with pytest.raises(InputError, match=r"3 layers|cannot become 3"):
         train(recipe(tmp_path / "b", model=dataclasses.replace(SPEC, layers=3), start=str(first)))
     with pytest.raises(InputError, match="cannot become"):
         train(recipe(tmp_path / "c", model=dataclasses.replace(SPEC, width=32), start=str(first)))
     from causal_jax.data.tokenizers import BPE
 
     other = Data(tokenizer=BPE(vocab=300), context=32, batch=8)
-    with pytest.raises(InputError, match="data.tokenizer is .* the same text has other ids"):
+    with pytest.raises(InputError, match=r"data\.tokenizer is .* the same text has other ids"):
         train(recipe(tmp_path / "d", data=other, start=str(first)))
 
 
@@ -147,7 +147,7 @@ def test_other_kinds_of_model_go_by_name(tmp_path):
                        trainable="norm"))  # fmt: skip
     before, after = leaves(load_run(tmp_path / "tiny").model), named_leaves(end.state["params"])
     np.testing.assert_array_equal(after["embed/table"], before["embed/table"])
-    with pytest.raises(InputError, match="shares no parameter|cannot become"):
+    with pytest.raises(InputError, match=r"shares no parameter|cannot become"):
         train(recipe(tmp_path / "no", model=Tiny(width=8), start=str(tmp_path / "tiny")))
     assert jax.tree.leaves(end.state)
 
