@@ -157,7 +157,7 @@ class _Work:
         self.world = KnowledgeWorld(facts=settings.facts)
         self.spec = Decoder(
             vocab=self.world.vocab, layers=settings.layers, width=settings.width,
-            heads=settings.heads, activation="gelu", context=self.world.length, tied=False,
+            heads=settings.heads, activation="gelu", context=64 * self.s.facts, tied=False,
         )  # fmt: skip
         self.graph, shapes = nnx.split(nnx.eval_shape(lambda: self.spec.build(jax.random.key(0))))
         self.tree = jax.tree.structure(shapes)
@@ -188,10 +188,13 @@ class _Work:
 
         def loss(params, key):
             keys = jax.random.split(key)
-            read = self.world.sample(keys[0], half, random=True, template=False)
-            bare = self.world.sample(keys[1], half, closed=1.0, template=False)
-            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), read, bare)
-            return self.loss(params, both)
+            tokens, answers = self.world.reading(keys[0], half)
+            logits = nnx.merge(self.graph, params)(tokens[:, :-1])
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            read = (each * answers[:, 1:]).sum() / answers[:, 1:].sum()
+            return read + self.loss(
+                params, self.world.sample(keys[1], half, closed=1.0, template=False)
+            )
 
         params, _ = train(
             lambda key: nnx.split(self.spec.build(key))[1], loss, self._optimizer(self.s.lr),

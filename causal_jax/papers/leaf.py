@@ -12,6 +12,12 @@ teacher has seen hints that say nothing, and prompts without them; the student h
 the hint. The confounders are known, and arms differ only in what is deleted: nothing (KD), what the
 gradients find (LeaF), as many random tokens. As in the paper the search is made once, with the
 student as it was; there is one counterfactual per run of tokens.
+
+Expect (300 s of processor time): without the hint LeaF answers 0.89, KD 0.51, random deletion 0.83;
+with a random hint 0.37, 0.29, 0.35. What does not hold: ten of sixteen tokens are filler, to which
+nobody is sensitive, so the student's gradient alone ranks the hint above them (AUC 0.88), and the
+difference, in which filler lies in the middle, does so less (0.57). Pruning needs the lowest only:
+in 44 % of the prompts that is a token of the hint (by chance, 12 %).
 """
 
 import dataclasses
