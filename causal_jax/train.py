@@ -80,15 +80,19 @@ def _main(argv: list[str]) -> int:
         return 0
     from causal_jax.training.loop import train
     from causal_jax.training.recipe import Recipe
+    from causal_jax.training.stages import Stages, train_stages
 
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, Recipe | Stages):
         raise InputError(f"--config {spec} is a {type(recipe).__name__}, training needs a Recipe")
     _connect("--distributed" in rest)
     if Path(spec).is_dir() and not any(w.startswith("--config.workdir") for w in overrides):
         recipe = dataclasses.replace(recipe, workdir=spec)  # goes on where it is now
     elif not recipe.workdir:
         recipe = dataclasses.replace(recipe, workdir=os.path.join("runs", config.name_of(spec)))
-    train(recipe)
+    if isinstance(recipe, Stages):
+        train_stages(recipe)
+    else:
+        train(recipe)
     return 0
 
 
