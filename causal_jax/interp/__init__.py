@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from causal_jax.interp.allocation import context_dependency, steer_attention
     from causal_jax.interp.counterfactuals import counterfactual, counterfactual_attention
     from causal_jax.interp.edges import knock_out, peek, prefix
     from causal_jax.interp.edits import (
@@ -47,6 +48,7 @@ _HOME = {
     "ablate_heads": "edits",
     "attribution": "scores",
     "cama": "means",
+    "context_dependency": "allocation",
     "counterfactual": "counterfactuals",
     "counterfactual_attention": "counterfactuals",
     "heat_map": "plots",
@@ -62,6 +64,7 @@ _HOME = {
     "peek": "edges",
     "prefix": "edges",
     "steer": "edits",
+    "steer_attention": "allocation",
     "subspace": "edits",
     "sweep": "sweeps",
     "token_page": "html",
@@ -75,6 +78,7 @@ __all__ = [
     "ablate_heads",
     "attribution",
     "cama",
+    "context_dependency",
     "counterfactual",
     "counterfactual_attention",
     "heat_map",
@@ -90,6 +94,7 @@ __all__ = [
     "peek",
     "prefix",
     "steer",
+    "steer_attention",
     "subspace",
     "sweep",
     "token_page",
