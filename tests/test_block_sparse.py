@@ -22,6 +22,7 @@ from dense_problems import (  # noqa: F401
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causal_jax.attention import compiling_for, dense_attention
+from causal_jax.bench import main as bench
 from causal_jax.masks import Causal, Documents, Window, from_fn
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention
 
@@ -188,6 +189,24 @@ def test_the_form_for_accelerators(name, dtype, small_tiles):
     theirs = reference(q, k, v, visible(name), None, None, do, dlse)
     tol = 5e-5 if dtype == jnp.float32 else 5e-2
     jax.tree.map(functools.partial(close, tol=tol), ours, theirs)
+
+
+def test_pairs_of_tiles_begin_anywhere():
+    grid = np.array([[0, 1, 2, 2, 2, 0, 0, 1], [2, 2, 0, 0, 1, 0, 2, 2], [0] * 8], np.int8)
+    full, count, idx = (x[0, 0].tolist() for x in Schedule.paired(grid[None, None]))
+    assert (full, count) == ([1, 2, 0], [3, 3, 0])
+    assert [idx[0], idx[1]] == [[3, 1, 7], [0, 6, 4]]  # the last may hang over: never full
+
+
+def test_explain_says_what_serves_and_why(capsys):
+    words = ["explain", "--masks", "causal,topk:2", "--seq", "256", "--platform", "gpu"]
+    assert bench([*words, "--dtype", "bfloat16"]) == 0
+    causal, topk = capsys.readouterr().out.split("topk:2")
+    assert "cudnn      chosen" in causal
+    assert "cudnn      no: it knows full, causal" in topk
+    assert "tpu        no: it needs a TPU, this is gpu" in topk
+    assert "gpu        could be named" in topk
+    assert bench([*words, "--heads", "3", "--kv_heads", "2"]) == 2
 
 
 @pytest.mark.slow

@@ -141,13 +141,15 @@ def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
         return few_queries(
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
         )
-    tiles = _tiles(T, S).clip(T, S)
+    tiles, on_cpu = _tiles(T, S).clip(T, S), target() == "cpu"
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
-    on_cpu = target() == "cpu"
-    schedule = (
-        Schedule.build(live.cnt, live.idx, live.kind) if on_cpu else Schedule.joined(live.tiles())
-    )
+    if on_cpu:
+        schedule = Schedule.build(live.cnt, live.idx, live.kind)
+        if live.is_host and tiles.block_q == 2 * tiles.block_k:
+            tiles, schedule = _wider(tiles, schedule, mask, T, S, q_offset)
+    else:
+        schedule = Schedule.joined(live.tiles())
     return block_sparse_attention(
         q, k, v, mask, schedule, scale=scale, bias=bias, soft_cap=soft_cap, sinks=sinks,
         q_offset=q_offset, tiles=tiles, upcast=on_cpu,
@@ -171,6 +173,22 @@ def _gpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
         q, k, v, mask, live.tiles(), scale=scale, soft_cap=soft_cap, sinks=sinks,
         q_offset=q_offset, tiles=tiles, apart=(mask.batch, mask.heads),
     )  # fmt: skip
+
+
+def _wider(
+    tall: Tiles, schedule: Schedule, mask: Mask, T: int, S: int, q_offset: Any
+) -> tuple[Tiles, Schedule]:
+    """Flat tiles that begin at any column, where tall ones cover much that is not allowed.
+
+    A window of 256 keys covers 768 keys per query in tiles of 512 x 256, 512 in 256 x 512. (Tiles
+    of 256 x 256 cover 512 as well, but XLA runs products so small on one core only.)
+    """
+    side = tall.block_k
+    grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()
+    flat = Schedule.paired(grid)
+    if 1.1 * 2 * flat.count.mean() >= schedule.count.mean():  # both: columns per query / side
+        return tall, schedule
+    return Tiles(side, 2 * side, tall.entries, grain=side), flat
 
 
 def _tiles(T: int, S: int) -> Tiles:

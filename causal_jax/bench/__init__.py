@@ -23,7 +23,9 @@ from causal_jax.errors import InputError
 
 GROUPS = {
     "attention": "registered mechanisms x masks x lengths, beside jax.nn, torch, ...",
+    "explain": "which implementation of dense attention serves a case, and why; times nothing",
     "hyper": "HyperAttention, causal: beside exact attention and a plain PyTorch HyperAttention",
+    "memory": "memories that learn while reading, beside titans-pytorch and the token recurrence",
     "train": "one optimisation step of a config's model, beside the same model in torch",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
     "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec, overrides, rest = take_words(sys.argv[1:] if argv is None else argv)
         args = _parse(rest)
         args.config, args.overrides = spec, overrides
-        if args.group in ("attention", "hyper") and (spec or overrides):
+        if args.group in ("attention", "explain", "hyper") and (spec or overrides):
             raise InputError(
                 f"--config: the group {args.group} has no model; give --seq, --heads, ..."
             )

@@ -270,3 +270,5 @@ SYSTEMS = (
         "causal cross-attention masks let a projector trained on 16 frames read 96",
     ),
 )
+
+OWN = ("block_sparse_attention",)  # entries about this library's own work, beside the systems

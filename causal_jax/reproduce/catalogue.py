@@ -184,7 +184,7 @@ def readme_table() -> str:
     short = {s.name: s.claim for s in SYSTEMS}
     for e in sorted(entries(), key=lambda e: e.state == "not yet"):
         record = last(e.name, None)
-        link = f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
+        link = "-" if e.arxiv == "-" else f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
         claim = short.get(e.name, e.claims[0])
         lines.append(f"| `{e.name}` | {link} | {claim} | {e.state} | {standing(record)} |")
     return "\n".join(lines)

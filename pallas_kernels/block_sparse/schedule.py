@@ -16,19 +16,23 @@ class Tiles:
     Attributes:
         block_q, block_k: queries and keys per tile (clipped to the lengths).
         entries: scores computed at once (batch x heads x tile); 0: all batch rows and heads.
+        grain: a tile may start at any multiple of this many keys; 0: of block_k.
     """
 
     block_q: int = 512
     block_k: int = 512
     entries: int = 0
+    grain: int = 0
 
     def __post_init__(self):
-        if self.block_q < 1 or self.block_k < 1 or self.entries < 0:
+        if self.block_q < 1 or self.block_k < 1 or self.entries < 0 or self.grain < 0:
             raise ValueError(f"tile sizes must be positive, got {self}")
 
     def clip(self, queries: int, keys: int) -> "Tiles":
         """The same, no larger than the problem."""
-        return Tiles(min(self.block_q, queries), min(self.block_k, keys), self.entries)
+        return dataclasses.replace(
+            self, block_q=min(self.block_q, queries), block_k=min(self.block_k, keys)
+        )
 
 
 class Schedule(NamedTuple):
@@ -68,6 +72,25 @@ class Schedule(NamedTuple):
         full = (grid == FULL).all((0, 1), keepdims=True)
         idx = xp.argsort(xp.where(full, 0, xp.where(live, 1, 2)), axis=-1, stable=True)
         return cls(*(x.astype(np.int32) for x in (full.sum(-1), live.sum(-1), idx)))
+
+    @classmethod
+    def paired(cls, grid: np.ndarray) -> "Schedule":
+        """Tiles of twice the width that begin at any column, from the kinds [b, h, nq, nk].
+
+        Left to right, each begins at the first live tile not yet covered, and is full if both of
+        its halves are. The last one may hang over the edge. `Tiles.grain` is half of `block_k`.
+        """
+        start = np.zeros(grid.shape, bool)
+        covered = np.zeros(grid.shape[:3], bool)
+        for c in range(grid.shape[3]):
+            start[..., c] = (grid[..., c] > 0) & ~covered
+            covered = start[..., c]
+        full = start & (grid == FULL)
+        full[..., :-1] &= grid[..., 1:] == FULL
+        full[..., -1] = False
+        idx = np.argsort(np.where(full, 0, np.where(start, 1, 2)), axis=-1, stable=True)
+        most = max(1, int(start.sum(-1).max()))
+        return cls(*(x.astype(np.int32) for x in (full.sum(-1), start.sum(-1), idx[..., :most])))
 
     def has(self) -> tuple[bool, bool]:
         """(some full tiles, some partial tiles); True where it is not known on the host."""

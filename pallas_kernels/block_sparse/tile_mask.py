@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 from pallas_kernels.block_sparse.steps import partial_tiles
@@ -136,7 +137,7 @@ class _Uncut(Exception):
 
 
 def _known(x: Any) -> _Node:
-    concrete = not isinstance(x, jax.core.Tracer) and np.size(x) == 1
+    concrete = not isinstance(x, Tracer) and np.size(x) == 1
     return _Node(jax.typeof(x), value=x, arrays=not concrete)
 
 

@@ -41,6 +41,7 @@ class _Config:
     soft_cap: float | None
     block_q: int
     block_k: int
+    grain: int
     keys: int
     sizes: tuple[int, int, int]  # B, K, G
     unit: tuple[int, int, int]  # how many of each are worked on at once
@@ -85,12 +86,14 @@ def block_sparse_attention(
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G, tiles = N // K, (tiles or Tiles()).clip(T, S)
-    bq, bk = tiles.block_q, tiles.block_k
+    bq, bk, grain = tiles.block_q, tiles.block_k, tiles.grain or tiles.block_k
+    spare = bk - grain  # a tile that begins at the last multiple of the grain hangs over
     cfg = _Config(
         scale=float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         block_q=bq,
         block_k=bk,
+        grain=grain,
         keys=S,
         sizes=(B, K, G),
         unit=_unit((B, K, G), bq * bk, tiles.entries, schedule),
@@ -100,12 +103,12 @@ def block_sparse_attention(
     )
     if bias is not None:
         heads = (K, G) if bias.shape[1] > 1 else (1, 1)
-        bias = _pad(_pad(bias.reshape(bias.shape[0], *heads, T, S), 3, bq), 4, bk)
+        bias = _pad(_pad(bias.reshape(bias.shape[0], *heads, T, S), 3, bq), 4, grain, spare)
     o, lse = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         cfg,
         _pad(q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4), 3, bq),
-        _pad(k.transpose(0, 2, 1, 3), 2, bk),
-        _pad(v.transpose(0, 2, 1, 3), 2, bk),
+        _pad(k.transpose(0, 2, 1, 3), 2, grain, spare),
+        _pad(v.transpose(0, 2, 1, 3), 2, grain, spare),
         bias,
         None if sinks is None else sinks.astype(_sum_type(q)).reshape(1, K, G),
         mask,
@@ -138,8 +141,8 @@ def _dot(spec: str, a, b) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=_sum_type(a))
 
 
-def _pad(x, axis: int, multiple: int):
-    extra = -x.shape[axis] % multiple
+def _pad(x, axis: int, multiple: int, spare: int = 0):
+    extra = -x.shape[axis] % multiple + spare
     return jnp.pad(x, [(0, extra * (a == axis)) for a in range(x.ndim)]) if extra else x
 
 
@@ -193,7 +196,7 @@ def _over_tiles(cfg: _Config, schedule: Schedule, at, row, step, state) -> Any:
     full, count, idx = (x[b, h, row] for x in schedule)
 
     def visit(partial, n, state):
-        return step(partial, idx[n] * cfg.block_k, state)
+        return step(partial, idx[n] * cfg.grain, state)
 
     if cfg.has[0]:
         state = lax.fori_loop(0, full, functools.partial(visit, False), state)
@@ -249,7 +252,8 @@ class _Unit:
         if backward:
             index = tuple(x.transpose(0, 1, 4, 2, 3) for x in index)
         ok = self.mask(*index)
-        return ok & (index[3] < self.cfg.keys) if self.cfg.keys % self.cfg.block_k else ok
+        inside = self.cfg.keys % self.cfg.grain == 0 and self.cfg.grain == self.cfg.block_k
+        return ok if inside else ok & (index[3] < self.cfg.keys)
 
 
 def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
