@@ -199,9 +199,9 @@ def test_pairs_of_tiles_begin_anywhere():
 
 
 def test_explain_says_what_serves_and_why(capsys):
-    words = ["explain", "--masks", "causal,topk:2", "--seq", "256", "--platform", "gpu"]
+    words = ["explain", "--masks", "causal,topk:3", "--seq", "256", "--platform", "gpu"]
     assert bench([*words, "--dtype", "bfloat16"]) == 0
-    causal, topk = capsys.readouterr().out.split("topk:2")
+    causal, topk = capsys.readouterr().out.split("topk:3")
     assert "cudnn      chosen" in causal
     assert "cudnn      no: it knows full, causal" in topk
     assert "tpu        no: it needs a TPU, this is gpu" in topk
