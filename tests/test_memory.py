@@ -13,14 +13,27 @@ from causal_jax import taps
 from causal_jax.memory import memories
 from causal_jax.memory._state import join
 
+QUICK = ("delta-0", "last_layer-0", "deep-0", "deep-1", "deep-2")  # compiling is most of the time
 CASES = [
-    pytest.param(name, case, id=f"{name}-{number}")
+    pytest.param(
+        name,
+        case,
+        id=f"{name}-{number}",
+        marks=() if f"{name}-{number}" in QUICK else pytest.mark.slow,
+    )
     for name in memories.names()
     for number, case in enumerate(memories.cases(name, "test"))
 ]
 every_case = pytest.mark.parametrize(("name", "case"), CASES)
-SOME = [c for c in CASES if c.id in ("delta-0", "last_layer-0", "deep-0", "deep-1", "deep-2")]
-some_cases = pytest.mark.parametrize(("name", "case"), SOME)
+TWO = [c for c in CASES if c.id in ("delta-0", "deep-1")]
+some_cases = pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(*c.values, id=c.id, marks=() if c in TWO else pytest.mark.slow)
+        for c in CASES
+        if c.id in QUICK
+    ],
+)
 
 
 class Problem:
@@ -130,7 +143,7 @@ def test_bfloat16_vmap_remat(name, case):
     assert far(together[1], p.call(p.params, 2 * p.x)[0]) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "case"), [SOME[0], SOME[3]])
+@pytest.mark.parametrize(("name", "case"), TWO)
 def test_sharded_is_unsharded(name, case):
     p = Problem(name, case)
     memory, params = p.memory, p.params

@@ -121,7 +121,10 @@ def test_sums_and_inverses_are_accurate():
     np.testing.assert_allclose(unit_lower_inverse(jnp.asarray(x, jnp.float32)), true, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "whole" else pytest.mark.slow) for n in PARITY],
+)
 def test_parity_with_titans_pytorch(name):
     options, _ = PARITY[name]
     data = np.load(FILE)

@@ -32,7 +32,7 @@ def main() -> None:
         x = torch.randn(2, tokens, DIM, requires_grad=True)
         y, state = memory(x)
         torch.sin(y).sum().backward()
-        weights, momentum = state.states
+        weights, _ = state.states
         keep = {"x": x, "y": y, "dx": x.grad}
         keep |= {f"weights/{n}": w for n, w in weights.items()}
         keep |= {f"param/{n}": w for n, w in memory.state_dict().items() if n != "zero"}

@@ -26,6 +26,7 @@ GROUPS = {
     "explain": "which implementation of dense attention serves a case, and why; times nothing",
     "hyper": "HyperAttention, causal: beside exact attention and a plain PyTorch HyperAttention",
     "memory": "memories that learn while reading, beside titans-pytorch and the token recurrence",
+    "linear": "a LAWCAT layer beside exact attention and a torch recurrence; decoding",
     "train": "one optimisation step of a config's model, beside the same model in torch",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
     "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",

@@ -106,7 +106,7 @@ def surprises(spec, anchor: Leaves, initial: Leaves, slow: Leaves, x: Chunk, kee
 
 
 def token_updates(spec, initial: Leaves, slow: Leaves) -> Callable:
-    """Scan body where every token updates the memory: (W, S, anchor), Chunk -> ..., (y, loss, ok)."""
+    """Scan body where every token updates the memory; gives (y, loss, finite after it)."""
     net: Network = spec.network
 
     def body(carry, x: Chunk):

@@ -1,4 +1,4 @@
-"""The contract of every memory: a frozen spec that is its own config, parameters and state as values.
+"""The contract of every memory: a frozen spec that is its own config; parameters, state as values.
 
     params = memory.init(key, width=D, heads=N)             what the outer loop learns
     state  = memory.init_state(params, batch=B)             what changes while reading
@@ -194,7 +194,7 @@ class MemorySpec:
         self, leaves: Leaves, state: MemState, q: Array, k: Array, v: Array, gates: Gates, *,
         stored: Array, new: Array | None, aligned: bool, tap: Tap,
     ) -> tuple[Array, MemState, Array]:  # fmt: skip
-        """`run` in chunks, on cleaned input: (y, state with new weights, finite after it [n, B])."""
+        """`run` in chunks, on cleaned input: (y, state with new weights, finite or not [n, B])."""
         raise NotImplementedError(type(self).__name__)
 
     # ------------------------------------------------------------ what all memories share
@@ -312,7 +312,7 @@ class MemorySpec:
     def read(
         self, params: Mapping[str, Any], state: MemState, x: Float[Array, "B T D"], tap: Tap = OFF
     ) -> Float[Array, "B T D"]:
-        """What the memory as it is says to x; nothing is written, convolutions see what came before.
+        """What the memory as it is says to x; nothing is written, convolutions see what came.
 
         All positions read the same weights: M*(x) of the paper's MAC layer.
         """

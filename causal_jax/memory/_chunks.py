@@ -167,7 +167,7 @@ def unit_lower_inverse(x: Array) -> Array:
 
 
 def into_chunks(x: Array, C: int, heads: bool = True) -> Array:
-    """[B, T, N, ...] -> [n, B, N, C, ...] (without heads [B, T] -> [n, B, 1, C]), 0 behind the end."""
+    """[B, T, N, ...] -> [n, B, N, C, ...] (no heads: [B, T] -> [n, B, 1, C]), 0 behind the end."""
     T = x.shape[1]
     n = -(-T // C)
     x = jnp.pad(x, [(0, 0), (0, n * C - T)] + [(0, 0)] * (x.ndim - 2))

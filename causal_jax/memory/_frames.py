@@ -117,7 +117,7 @@ def _out(y: Array, shift: Array | None, T: int) -> Array:
 
 
 def _known(ok: Array, shift: Array | None, x: Chunk) -> Array:
-    """Which chunks left a finite memory, as equal parts of the run; off the grid: the run as one."""
+    """Which chunks left a finite memory, as equal parts of the run; off the grid: as one."""
     return ok if shift is None else ok.all(0)[None]
 
 

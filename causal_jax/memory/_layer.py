@@ -116,7 +116,7 @@ def _projected(spec, params, state, x, name, live, segments):
     if state.conv is not None:
         before = state.conv[name]
         if segments is not None:
-            # `causal_conv` counts `before` as the first token's document, and so shall the next call
+            # `causal_conv` counts `before` as the first token's document; so will the next call
             segments = jnp.where(live, segments, -1)
             same = (segments[:, 0] == state.segment) | (state.segment < 0)
             before = jnp.where(same[:, None, None], before, 0)
@@ -139,7 +139,7 @@ def _unit(x):
 
 
 def gates(spec, params, state: MemState, x, live, new, tap) -> tuple[Gates, MemState]:
-    """Gates of every token; with a gate chunk, a and eta from the mean logit of the chunk so far."""
+    """Gates of every token; with a gate chunk, a and eta from its mean logits so far."""
     theta_max = spec.default_theta if spec.theta_max is None else spec.theta_max
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     z = {n: matmul(wide, p["w"]) + p["b"][None, None] for n, p in params["gates"].items()}

@@ -43,7 +43,7 @@ class Network:
         return tuple(f"w{i}" for i in range(self.depth))
 
     def init(self, key: Key[Array, ""], heads: int, width: int) -> Leaves:
-        """Leaves with a leading head axis: Xavier-uniform matrices; a single matrix and gamma: 0."""
+        """Leaves [N, ...]: Xavier-uniform matrices; a single matrix and gamma: 0."""
         hidden = [self.expansion * width] * (self.depth - 1)
         sizes = list(zip([width, *hidden], [*hidden, width]))
         leaves = {}

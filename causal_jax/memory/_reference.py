@@ -1,4 +1,4 @@
-"""Token after token, gradients by `jax.grad`: slow, obviously right, what all fast forms must equal.
+"""Token after token, gradients by `jax.grad`: obviously right, what all fast forms must equal.
 
     M_t = a_t M_{t-1} + S_t     S_t = eta_t S_{t-1} - theta_t grad l_t(anchor)     y_t = M_t(q_t)
     l_t(M) = |M(k_t) - v_t|^2 / 2

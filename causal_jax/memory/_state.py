@@ -1,4 +1,4 @@
-"""What a memory carries from token to token, as a value: save it, hand it back, cut rows out of it."""
+"""What a memory carries from token to token, as a value: save it, hand it back, cut out rows."""
 
 import dataclasses
 from pathlib import Path

@@ -110,7 +110,7 @@ class Deep(MemorySpec):
         return 2.0 / width if self.mean_loss else 1.0
 
     def chunked(self, leaves, state, q, k, v, gates, *, stored, new, aligned, tap):
-        """In chunks of `anchor` or `gate_chunk` tokens; a few tokens off their border one by one."""
+        """In chunks of `anchor` or `gate_chunk` tokens; a few tokens off a border one by one."""
         T = q.shape[1]
         chunk = self.gate_chunk if self.gate_chunk > 1 else self.anchor
         known = aligned and chunk and not isinstance(state.position, Tracer)

@@ -7,7 +7,7 @@ In tiles of C tokens (any C: the result is the same), with the coefficients of `
 meaning "before the token":
 
     T = diag(theta) (D- * (K K^T))                                     strictly lower triangular
-    (I + T) U = diag(theta) (B- * (K M) + d0- * (K S) - V)             rows theta_t (k_t M_{t-1} - v_t)
+    (I + T) U = diag(theta) (B- * (K M) + d0- * (K S) - V)         rows theta_t (k_t M_{t-1} - v_t)
     Y = B * (Q M) + d0 * (Q S) - (D * (Q K^T)) U
     M <- B_C M + d0_C S - K^T diag(D[C, :]) U        S <- E_C S - K^T diag(H[C, :]) U
 

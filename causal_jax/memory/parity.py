@@ -1,12 +1,15 @@
 """The arithmetic of titans-pytorch (0.5), for its checkpoints and for measuring beside it.
 
-    h = RMSNorm(x)    k, v = h W_k, h W_v    q = RMSNorm'(x) W_q    theta = theta_max sigmoid(h w + b)
+    h = RMSNorm(x)    k, v = h W_k, h W_v    q = RMSNorm'(x) W_q
+    theta = theta_max sigmoid(h w + b)
     g_c = sum_{i in chunk c} theta_i grad l_i(W_anchor)      l: mean over channels of (M(k) - v)^2
-    S_c = eta_c S_{c-1} - g_c    W_c = (1 - alpha_c) W_{c-1} + S_c    M(x) = x + LN(MLP(x)) (1 + gamma)
+    S_c = eta_c S_{c-1} - g_c    W_c = (1 - alpha_c) W_{c-1} + S_c
+    M(x) = x + LN(MLP(x)) (1 + gamma)
 
-alpha_c, eta_c come from the chunk's mean input, all of M is fast, and the anchor is the state at the
-start of the call, or every `batch_size` tokens. Token t reads what floor((t + 1) / chunk) chunks left.
-It is `Deep(gate_chunk=chunk, anchor=batch_size, fast="all", mean_loss=True)` behind other projections.
+alpha_c, eta_c come from the chunk's mean input, all of M is fast, and the anchor is the state at
+the start of the call, or every `batch_size` tokens. Token t reads what floor((t + 1) / chunk)
+chunks left. It is `Deep(gate_chunk=chunk, anchor=batch_size, fast="all", mean_loss=True)` behind
+other projections.
 
 Deviation: its soft clamp of a chunk's gradient norm, momenta of higher order, per-layer step sizes,
 attention pooling and Newton-Schulz steps are not here.
