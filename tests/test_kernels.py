@@ -245,7 +245,10 @@ needs_compiler = pytest.mark.skipif(
             for name, topology, H in [
                 *(("streaming", t, H) for t in _testing.TOPOLOGIES for H in (64, 128, 192, 256)),
                 *((n, "v6e:2x2", 128) for n in ("strided", "chunked", "per_head", "bigbird")),
-                *((n, "v6e:2x2", 128) for n in ("keys", "prefix", "function", "top_k")),
+                *((n, "v6e:2x2", 128) for n in ("prefix", "function", "top_k")),
+                # v6e: jaxlib 0.10.2 cannot read back the program that libtpu 0.0.52 makes of the
+                # gather outside of the kernels ("async-update instruction")
+                ("keys", "v5e:2x2", 128),
             ]
         ),
     ],

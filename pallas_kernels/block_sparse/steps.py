@@ -67,12 +67,12 @@ class Steps:
     stored: Any
 
 
-def by_query_tile(grid: Any) -> Steps:
-    """Steps for o and dq from the kinds of all tiles, int8 [b, h, nq, nk]."""
-    return _flatten(grid, number(grid), 1)
+def by_query_tile(grid: Any, room: int = WORDS) -> Steps:
+    """Steps for o and dq from the kinds of all tiles, int8 [b, h, nq, nk]; at most `room` words."""
+    return _flatten(grid, number(grid), 1, room)
 
 
-def by_key_tile(grid: Any, groups: int) -> Steps:
+def by_key_tile(grid: Any, groups: int, room: int = WORDS) -> Steps:
     """Steps for dk and dv; per kv head, its `groups` query heads one after another."""
     xp: Any = np if isinstance(grid, np.ndarray) else jnp
     b, h, nq, nk = grid.shape
@@ -82,7 +82,7 @@ def by_key_tile(grid: Any, groups: int) -> Steps:
         x = xp.broadcast_to(x, (*x.shape[:2], groups, nq, nk)).transpose(0, 1, 4, 2, 3)
         return x.reshape(*x.shape[:2], nk, groups * nq)
 
-    return _flatten(turned(grid), turned(number(grid)), groups)
+    return _flatten(turned(grid), turned(number(grid)), groups, room)
 
 
 def partial_tiles(grid: Any) -> tuple[Any, Any]:
@@ -91,7 +91,7 @@ def partial_tiles(grid: Any) -> tuple[Any, Any]:
     xp: Any = np if isinstance(grid, np.ndarray) else jnp
     flat = (grid == PARTIAL).reshape(*grid.shape[:2], -1)
     most = max(1, int(flat.sum(-1).max())) if xp is np else flat.shape[-1]
-    at = xp.argsort(~flat, axis=-1, stable=True)[..., :most].astype(np.int32)
+    at = _front(flat, most)
     return at // grid.shape[3], at % grid.shape[3]
 
 
@@ -101,7 +101,19 @@ def number(grid: Any) -> Any:
     return (flat.cumsum(-1) - 1).clip(0).reshape(grid.shape)
 
 
-def _flatten(kind: Any, numbers: Any, groups: int) -> Steps:
+def _front(flags: Any, slots: int) -> Any:
+    """The places where flags [b, h, n] are set, in order: int32 [b, h, slots]; then anything."""
+    if isinstance(flags, np.ndarray):
+        return np.argsort(~flags, axis=-1, stable=True)[..., :slots].astype(np.int32)
+    # Not a sort: the TPU compiler takes minutes over one of 65536 entries.
+    b, h = (jnp.arange(n) for n in flags.shape[:2])
+    to = jnp.where(flags, jnp.cumsum(flags, -1) - 1, slots)
+    places = jnp.arange(flags.shape[-1], dtype=jnp.int32)[None, None]
+    out = jnp.zeros((*flags.shape[:2], slots), jnp.int32)
+    return out.at[b[:, None, None], h[None, :, None], to].set(places, mode="drop")
+
+
+def _flatten(kind: Any, numbers: Any, groups: int, room: int) -> Steps:
     """From kinds and numbers [b, h, outer, groups * inner]."""
     xp: Any = np if isinstance(kind, np.ndarray) else jnp
     b, h, outer, wide = kind.shape
@@ -123,12 +135,12 @@ def _flatten(kind: Any, numbers: Any, groups: int) -> Steps:
     visit = visit.reshape(b, h, -1)
     count = visit.sum(-1).astype(np.int32)
     slots = int(count.max()) if xp is np else outer * wide
-    if b * h * slots > WORDS:
+    if b * h * slots > room:
         raise NotImplementedError(
-            f"the schedule has {b * h} lists of {slots} steps: more than the {WORDS} that scalar "
+            f"the schedule has {b * h} lists of {slots} steps: more than the {room} that scalar "
             "memory holds; take larger tiles"
         )
-    order = xp.argsort(~visit, axis=-1, stable=True)[..., :slots]
+    order = _front(visit, slots)
     slot = np.arange(slots, dtype=np.int32).reshape(1, 1, -1)
     order = xp.take_along_axis(order, xp.minimum(slot, count[..., None] - 1), -1)
     words = xp.take_along_axis(words, order, -1)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse.schedule import Tiles
-from pallas_kernels.block_sparse.steps import Packing, Steps, by_key_tile, by_query_tile
+from pallas_kernels.block_sparse.steps import WORDS, Packing, Steps, by_key_tile, by_query_tile
 from pallas_kernels.block_sparse.tile_mask import cut, stored
 
 LANES = 128
@@ -109,7 +109,8 @@ def block_sparse_attention(
     if made is None:
         made = stored(mask, apart or (B, N), kinds, tiles, offset)
     offset = jnp.broadcast_to(offset, (B,))
-    rows, columns = by_query_tile(kinds), by_key_tile(kinds, N // K)
+    room = WORDS // 2 if "stored" in made.axes else WORDS
+    rows, columns = by_query_tile(kinds, room), by_key_tile(kinds, N // K, room)
     cfg = Config(
         scale=float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
@@ -126,7 +127,7 @@ def block_sparse_attention(
         work=work,
     )
     sinks = jnp.zeros(N, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    steps = tuple(_operands(x) for x in (rows, columns))
+    steps = tuple(_operands(x, "stored" in made.axes) for x in (rows, columns))
     o, lse, *rest = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         cfg, q, k, v, sinks, offset, made.vectors, steps
     )
@@ -151,8 +152,10 @@ def legal_tiles(tiles: Tiles, queries: int, keys: int) -> Tiles:
     return Tiles(*sides)
 
 
-def _operands(steps: Steps):
-    return *(jnp.asarray(x).reshape(-1) for x in (steps.words, steps.stored)), steps.count
+def _operands(steps: Steps, stored: bool) -> tuple[Any, ...]:
+    """Words and slots of stored tiles, flat for scalar memory; how many steps."""
+    slots = jnp.asarray(steps.stored).reshape(-1) if stored else jnp.zeros(1, jnp.int32)
+    return jnp.asarray(steps.words).reshape(-1), slots, steps.count
 
 
 def _pad(x, multiple: int):
