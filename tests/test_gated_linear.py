@@ -66,6 +66,17 @@ def test_all_forms_are_the_recurrence(scale):
         np.testing.assert_allclose(o, want, atol=1e-4 if scale == 20 else 1e-5, err_msg=str(name))
 
 
+@pytest.mark.parametrize("scale", [0.05, 3.0])
+def test_long_sequences_of_mild_and_of_strong_decay(scale):
+    q, k, v, g = problem(scale, T=530, N=2, F=4, V=3)
+    ids = jnp.asarray(np.arange(530)[None] // 301).repeat(2, 0).astype(jnp.int32)
+    want, end = in_float64(q[:, 301:], k[:, 301:], v[:, 301:], g[:, 301:], jnp.zeros((2, 2, 4, 3)))
+    o, s = CHUNKED[64](q, k, v, g, jnp.zeros((2, 2, 4, 3)), ids)
+    size = np.abs(want).max()
+    np.testing.assert_allclose(o[:, 301:] / size, want / size, atol=1e-5)
+    np.testing.assert_allclose(s / size, end / size, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])
 def test_gradients_of_chunks_are_those_of_the_recurrence(scale):
     q, k, v, g = problem(scale)

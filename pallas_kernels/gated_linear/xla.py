@@ -7,7 +7,8 @@ exp(b_i) exp(-b_j): the second factor overflows. Here every exponent that is for
 g, so at most 0. Blocks are joined in pairs, 8 -> 16 -> 32 -> 64: a row of the second block decays
 from the block's beginning (`since`), a column of the first to its end (`until`), and their product
 is a matrix product. Inside the smallest blocks the decays of all pairs are written out. Chunks of
-the final size then exchange their states, one after another.
+the final size then exchange their states, one after another. In long sequences whose chunks all
+decay by less than 20 nats (gates of trained models do), each chunk is one product instead.
 
 Everything is float32; gradients are those of autodiff, the pairs of the smallest blocks recomputed.
 arXiv 2312.06635 (section 4), with its secondary chunking as a binary tree.
@@ -22,6 +23,8 @@ from jax import lax
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 SMALLEST = 8  # positions of a block whose pairs are written out
+AT_ONCE = 512  # positions from which on chunks of mild decay are done as one product each
+MILD = 20.0  # largest decay of a chunk in nats: exp(20) is far from overflow, and costs no digits
 
 
 def gated_linear_chunked(
@@ -64,13 +67,24 @@ def gated_linear_chunked(
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
     docs = None if document is None else document.reshape(B, 1, -1, SMALLEST)
-    o = jax.checkpoint(_pairs)(q, k, v, g, docs)
-    since, until = jnp.cumsum(g, 3), _until(g)
-    o, since, until = _join(q, k, v, o, since, until, docs, chunk)
+
+    def joined():
+        o = jax.checkpoint(_pairs)(q, k, v, g, docs)
+        return _join(q, k, v, o, jnp.cumsum(g, 3), _until(g), docs, chunk)
+
+    def at_once():
+        return _at_once(*(_blocks(x, chunk) for x in (q, k, v, g)), docs)
+
+    if T < AT_ONCE:  # not worth compiling both
+        parts = joined()
+    else:
+        mild = _blocks(g, chunk).sum(3).min() > -MILD
+        parts = lax.cond(mild, at_once, joined)
 
     def whole(x):  # [B, K, blocks, size, ...] -> [n, B, K, chunk, ...]
-        return jnp.moveaxis(x.reshape(B, K, n, chunk, *x.shape[4:]), 2, 0)
+        return jnp.moveaxis(_blocks(x, chunk), 2, 0)
 
+    o, since, until = parts
     q, k, v, since, until = (whole(x) for x in (q, k, v, since, until))
     decay = jnp.exp(since[..., -1, :])
     reads, writes = q * jnp.exp(since)[..., None, :], k * jnp.exp(until)
@@ -92,6 +106,29 @@ def gated_linear_chunked(
     o = whole(o) + _einsum("nbkcgf,nbkfv->nbkcgv", reads, states)
     o = o.transpose(1, 0, 3, 2, 4, 5).reshape(B, n * chunk, N, V)
     return o[:, :T], state
+
+
+def _blocks(x, size):
+    """[B, K, blocks, c, ...] -> [B, K, blocks', size, ...]."""
+    return x.reshape(*x.shape[:2], -1, size, *x.shape[4:])
+
+
+def _at_once(q, k, v, g, docs):
+    """o, since and until of whole chunks whose gates close so little that the decay may be split.
+
+    Rows decay from the middle of the chunk, columns to it: both factors stay within exp(20).
+    """
+    b, size = jnp.cumsum(g, 3), g.shape[3]
+    middle = b[..., size // 2, :][..., None, :]
+    rows, columns = q * jnp.exp(b - middle)[..., None, :], k * jnp.exp(middle - b)
+    w = _einsum("bkmigf,bkmjf->bkmigj", rows, columns)
+    i = jnp.arange(size)
+    seen = (i[:, None] >= i[None])[None, None, None]
+    if docs is not None:
+        docs = _blocks(docs, size)
+        seen = seen & (docs[..., :, None] == docs[..., None, :])
+    w = jnp.where(seen[:, :, :, :, None], w, 0)
+    return _einsum("bkmigj,bkmjv->bkmigv", w, v), b, _until(g)
 
 
 def _until(g):
