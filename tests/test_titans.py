@@ -145,7 +145,7 @@ def test_the_mask_of_a_segment():
     assert paper[0].tolist() == [1, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["mag", "mac"])
+@pytest.mark.parametrize("name", ["mag", pytest.param("mac", marks=pytest.mark.slow)])
 def test_every_parameter_learns(name):
     graph, params = nnx.split(model(name))
 
