@@ -149,7 +149,7 @@ def token_updates(spec, initial: Leaves, slow: Leaves) -> Callable:
         y = net.finish(gamma, x.q, h)
 
         to_W = _steps(at.D[..., -1:, :], steps).mT
-        to_S = None if S is None else _steps((at.H * stored[..., None, :])[..., -1:, :], steps).mT
+        to_S = None if S is None else _steps(at.H[..., -1:, :], steps).mT
         W, S = _moved(at, W, S, initial, s, to_W, to_S)
         ok = _finite(W)
         if anchor is None:
@@ -163,14 +163,14 @@ def _windows(spec, gates: Gates, x: Chunk) -> Array:
     """theta [.., C], or Gamma [..., C, C] of the Omega rule."""
     if spec.omega == 1:
         return gates.theta
-    C = gates.theta.shape[-1]
+    C, theta = gates.theta.shape[-1], jnp.where(x.stored, gates.theta, 0)
     t = jnp.arange(C)
     near = (t[:, None] >= t[None]) & (t[:, None] - t[None] < spec.omega)
     near = near.reshape((1,) * (gates.theta.ndim - 1) + (C, C))
     if x.new is not None:
         document = jnp.cumsum(x.new, -1)
         near = near & (document[..., :, None] == document[..., None, :])
-    return jnp.where(near, gates.theta[..., :, None] * gates.gamma[..., None, :], 0)
+    return jnp.where(near, theta[..., :, None] * gates.gamma[..., None, :], 0)
 
 
 def _steps(D: Array, steps: Array) -> Array:
