@@ -2,7 +2,7 @@
 
     lawcat     a LAWCAT layer's mixing: convolutions, features, gates, the chunked recurrence
     chunked    the recurrence alone
-    dense      our exact causal attention on the same heads
+    dense      our exact causal attention on the same heads; with projections, as lawcat and sdpa
     sdpa       torch's scaled_dot_product_attention
     naive      the recurrence token by token in torch, as flash-linear-attention's `naive` has it
 
@@ -11,6 +11,7 @@ Prefill times by length, then time and state bytes of one decode step after diff
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,11 +95,15 @@ def prefill(n: int, N: int, H: int, naive: bool, seed: int) -> tuple[list[Candid
     def chunked(q, k, v, g):
         return gated_linear_chunked(q, k, v, g, jnp.zeros((1, N, H, H)))[0]
 
+    attention = nnx.merge(graph, params)
+    kernels = [getattr(attention, name).kernel[...] for name in "qkv"]
     out = [
         jax_candidate("lawcat", lawcat, params, x),
         jax_candidate("dense", dense, params, x),
         jax_candidate("chunked", chunked, phi_q, phi_k, v, g),
-        _torch("sdpa", _sdpa, q, k, v),
+        _torch(
+            "sdpa", functools.partial(_sdpa, H), x[:, :, None], *(w[None, :, None] for w in kernels)
+        ),
     ]
     if not naive:
         return out, None
@@ -142,9 +147,11 @@ def _torch(name: str, f: Callable, *arrays: jax.Array) -> Candidate:
     return Candidate(name, call, lambda out: out)
 
 
-def _sdpa(q: Any, k: Any, v: Any) -> Any:
+def _sdpa(width: int, x: Any, *kernels: Any) -> Any:
+    """Projections and attention, [B, 1, T, D] and [1, 1, D, D]; heads of `width`."""
     import torch
 
+    q, k, v = ((x[:, 0] @ w[0, 0]).unflatten(-1, (-1, width)).transpose(1, 2) for w in kernels)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
