@@ -184,7 +184,7 @@ def _full(q, k, v, mask, proj, key, q_offset, cfg: _Settings):
     start = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
     where = _Where(B, K, jnp.repeat(start, K), jnp.zeros(B * K, jnp.int32))
     o, lse = _hyper(
-        grouped.reshape(B * K, T, N // K, H), *(_heads_first(x) for x in (k, v)), where, mask,
+        grouped.reshape(B * K, T, N // K, H), _heads_first(k), _heads_first(v), where, mask,
         proj, key, cfg._replace(strict=False),
     )  # fmt: skip
     return _heads_last(o, B), _heads_last(lse, B)

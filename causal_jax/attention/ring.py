@@ -105,7 +105,7 @@ def ring_attention(
         raise InputError(f"length {T}: expected a multiple of {axis}={n}, the devices of the ring")
     if zigzag and T % (2 * n):
         raise InputError(f"length {T}: zigzag needs a multiple of 2 x {axis} = {2 * n}")
-    zigzag = T % (2 * n) == 0 if zigzag is None else zigzag
+    zigzag = T % (2 * n) == 0 if zigzag is None else bool(zigzag)
     mask = as_mask(mask)
     if kv_length is not None:
         mask = mask & Prefix(kv_length)
@@ -119,9 +119,9 @@ def ring_attention(
     spec = PartitionSpec(rows or None, axis, heads or None)
 
     def local(q, k, v, mask):
-        parts = [_index(axes, shape) * x for axes, x in ((rows, len(q)), (heads, q.shape[2]))]
+        first = _index(rows, shape) * len(q), _index(heads, shape) * q.shape[2]
         q, k, v = (_to_zigzag(x, ring) if zigzag else x for x in (q, k, v))
-        o, lse = _around(ring, q, k, v, (mask, *parts))
+        o, lse = _around(ring, q, k, v, (mask, *first))
         return tuple(_from_zigzag(x, ring) if zigzag else x for x in (o, lse))
 
     o, lse = jax.shard_map(
@@ -191,7 +191,9 @@ class _Local(Mask):
         for start, low, high in ((self.q_start, t.q0, t.q1), (self.k_start, t.k0, t.k1)):
             whole = whole & ((low < self.stripe) == (high <= self.stripe))
             ends += [self._at(start, low), self._at(start, high - 1) + 1]
-        inside = self.mask._tile_status(Tiles(t.b + self.b0, t.h + self.h0, *ends, t.extent))
+        inside = self.mask._tile_status(
+            Tiles._make((t.b + self.b0, t.h + self.h0, *ends, t.extent))
+        )
         return namespace(inside, whole).where(whole, inside, jnp.int8(PARTIAL))
 
 
@@ -205,8 +207,10 @@ def _step(ring: _Ring, q, k, v, context, step):
     """Attention to the keys that are here at a step."""
     mask, b0, h0 = context
     here = jax.lax.axis_index(ring.axis)
-    ends = (starts(r, ring.n, ring.stripe, ring.zigzag) for r in (here, (here - step) % ring.n))
-    local = _Local(mask, b0, h0, *ends, ring.stripe, (len(q), q.shape[2]))
+    own, other = (
+        starts(r, ring.n, ring.stripe, ring.zigzag) for r in (here, (here - step) % ring.n)
+    )
+    local = _Local(mask, b0, h0, own, other, ring.stripe, (len(q), q.shape[2]))
     return dense_attention(
         q, k, v, mask=local, scale=ring.scale, soft_cap=ring.soft_cap, return_lse=True,
         implementation=ring.implementation,

@@ -78,8 +78,8 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
 def _case(args: argparse.Namespace, n: int, backward: bool) -> peers.Case:
     rng = np.random.default_rng(args.seed)
     shape = (args.batch, n, args.heads, args.head_dim)
-    arrays = (rng.standard_normal(shape, np.float32) for _ in range(4))
-    return peers.Case(*arrays, parse("causal", n), args.dtype, backward)
+    q, k, v, do = (rng.standard_normal(shape, np.float32) for _ in range(4))
+    return peers.Case(q, k, v, do, parse("causal", n), args.dtype, backward)
 
 
 def _measured(case: peers.Case, names, specs, sizes, args) -> list[Record]:

@@ -16,7 +16,9 @@ To expect: 0.18, 0.27, 0.31 at angles 0, 0.1, 0.2 (blocks alone 0.38-0.43, sampl
 Language model: SmolLM2 reading the language reference, the last k layers patched in the paper's
 (faithful) form. Perplexity is exp(mean nats); the paper's script prints 2^(mean nats), which is
 among the figures as well. The card's thresholds are for a small model of four layers whose base is
-an eighth of its context; the same proportions are kept here.
+an eighth of its context; the same proportions are kept here. Two rows do not hold: with half of the
+layers patched perplexity rises from 16.4 to 39.5 (card: by at most 10 %), and blocks alone do
+better (33.0). The strict form, whose queries meet the keys of their own bucket, gives 24.6.
 """
 
 import dataclasses
@@ -130,10 +132,10 @@ def _planted(settings: HyperAttentionPaper) -> dict[str, np.ndarray]:
     @jax.jit
     def errors(key, angle):
         q, k, v, draw = planted_match(key, n, N, H, angle)
-        exact = dense_attention(q, k, v, scale=1.0)
+        exact: Any = dense_attention(q, k, v, scale=1.0)
 
         def error(b, m):
-            o = hyper_attention(
+            o: Any = hyper_attention(
                 q, k, v, key=draw, block_size=b * half, sample_size=m * half, min_seq_len=2,
                 scale=1.0,
             )  # fmt: skip
@@ -175,7 +177,7 @@ class _Reader:
     def subject(self) -> tuple[Any, Any]:
         return load_subject(self.settings.model)
 
-    def nats(self, context: int, share: float, method: str, strict: bool) -> np.ndarray:
+    def nats(self, context: int, share: float, method: str, strict: bool) -> float:
         """Mean loss per token, in nats, over `rows` texts."""
         model, tokenizer = self.subject
         settings, L = self.settings, self.subject[0].spec.layers
@@ -202,7 +204,7 @@ class _Reader:
 
         texts = prose(chapters(), tokenizer, settings.rows * (context + 1))
         texts = texts.reshape(settings.rows, context + 1)
-        return np.mean([loss(params, jnp.asarray(text)) for text in texts])
+        return float(np.mean([loss(params, jnp.asarray(text)) for text in texts]))
 
 
 def _rows(settings: HyperAttentionPaper, planted: dict, nats: dict) -> tuple[Row, ...]:
@@ -286,7 +288,7 @@ def _plot(settings: HyperAttentionPaper, report: Report, planted: dict, nats: di
     plots.curves(
         axes[0],
         settings.angles,
-        {names.get(name, name): e for name, e in planted.items()},
+        {str(names.get(name, name)): e for name, e in planted.items()},
         title="planted match",
         xlabel="angle between query and key",
         ylabel="relative error",

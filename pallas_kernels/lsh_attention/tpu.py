@@ -106,10 +106,10 @@ def _forward_kernel(scale, tiles, block, q, k, v, ks, vs, block_sample, bias, bi
     total = p.sum(0, keepdims=True) + p_sample.sum(0, keepdims=True)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
-    values = (
+    own_o, sample_o = (
         _dot((w / total).astype(x.dtype), x, (0, 0)) for w, x in ((p, v[0, 0]), (p_sample, vs[0]))
     )
-    o[0, 0] = sum(values).astype(o.dtype)
+    o[0, 0] = (own_o + sample_o).astype(o.dtype)
     lse[0, 0] = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
 
 
