@@ -140,11 +140,11 @@ def hyper_attention(
     if tap.wants("mask"):
         edited, q_offset = edited_mask(mask, tap, (B, N, T, S), q_offset)
         mask = edited & Causal() if causal and isinstance(q_offset, int) else edited
-    scale = H**-0.5 if scale is None else scale
+    factor: float = H**-0.5 if scale is None else scale
     aligned = T == S and isinstance(q_offset, int) and q_offset == 0
     short = min_seq_len >= T if causal else min_seq_len > T
     if short or (causal and not aligned):
-        o, lse = _exact(q, k, v, mask, scale, q_offset, implementation)
+        o, lse = _exact(q, k, v, mask, factor, q_offset, implementation)
     else:
         if key is None and (proj is None or sample_size):
             raise InputError("hyper attention draws hyperplanes and samples: give key=")
@@ -152,7 +152,7 @@ def hyper_attention(
         if proj is None:
             proj = angular_lsh(keys[0], H, lsh_num_projs)  # pyright: ignore[reportArgumentType]
         cfg = _Settings(
-            block_size, sample_size, order, center, causal_strict, scale, implementation
+            block_size, sample_size, order, center, causal_strict, factor, implementation
         )
         if causal:
             o, lse = _causal(q, k, v, mask, proj, keys[1], min_seq_len, cfg)

@@ -105,14 +105,14 @@ def ring_attention(
         raise InputError(f"length {T}: expected a multiple of {axis}={n}, the devices of the ring")
     if zigzag and T % (2 * n):
         raise InputError(f"length {T}: zigzag needs a multiple of 2 x {axis} = {2 * n}")
-    zigzag = T % (2 * n) == 0 if zigzag is None else bool(zigzag)
+    stripes: bool = T % (2 * n) == 0 if zigzag is None else zigzag
     mask = as_mask(mask)
     if kv_length is not None:
         mask = mask & Prefix(kv_length)
     _check_mask(mask, B, N)
     mask._require(T, T)
     ring = _Ring(
-        axis, n, T // (2 * n) if zigzag else T // n, zigzag, scale, soft_cap, implementation
+        axis, n, T // (2 * n) if stripes else T // n, stripes, scale, soft_cap, implementation
     )
     rows = _dividing(shape, BATCH, B)
     heads = _dividing(shape, (HEADS,), K)
@@ -120,9 +120,9 @@ def ring_attention(
 
     def local(q, k, v, mask):
         first = _index(rows, shape) * len(q), _index(heads, shape) * q.shape[2]
-        q, k, v = (_to_zigzag(x, ring) if zigzag else x for x in (q, k, v))
+        q, k, v = (_to_zigzag(x, ring) if stripes else x for x in (q, k, v))
         o, lse = _around(ring, q, k, v, (mask, *first))
-        return tuple(_from_zigzag(x, ring) if zigzag else x for x in (o, lse))
+        return tuple(_from_zigzag(x, ring) if stripes else x for x in (o, lse))
 
     o, lse = jax.shard_map(
         local,
