@@ -12,6 +12,7 @@ and then give one: that is how a config says it (`configs/linearize_smollm2.py`)
 """
 
 import dataclasses
+from typing import overload
 
 import jax
 
@@ -69,6 +70,10 @@ def linearize(
     return rebuilt(model, linearized(model.spec, layers, student), key)
 
 
+@overload
+def untaught(model: Decoder) -> Decoder: ...
+@overload
+def untaught(model: DecoderModel) -> DecoderModel: ...
 def untaught(model: Decoder | DecoderModel) -> Decoder | DecoderModel:
     """The model (or spec) after stage one: the students' output goes on.
 

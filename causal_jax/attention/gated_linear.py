@@ -341,7 +341,9 @@ class GatedLinear(AttentionSpec):
         kv_length: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T N V"]:
         """Attend."""
-        return self._attend(
+        o = self._attend(
             q, k, v, mask=mask, key=key, tap=tap, implementation=implementation,
             q_offset=q_offset, kv_length=kv_length,
         )  # fmt: skip
+        assert not isinstance(o, tuple)
+        return o

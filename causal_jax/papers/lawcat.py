@@ -160,7 +160,7 @@ class LAWCAT(Paper):
             ),
         )  # fmt: skip
 
-    def _train(self, spec, loss, init, lr, steps, report, span, text, given=None, measure=None):
+    def _train(self, spec, loss, init, lr, steps, report, span, text, given, measure=None):
         rows = self._pool()
 
         def drawn(key, seed):
