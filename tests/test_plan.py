@@ -137,7 +137,7 @@ def test_traffic_of_a_copy_and_of_a_loop_over_slices():
 
 
 GROUPS = {
-    "replica_groups={{0,2},{1,3}}, x": [[0, 2], [1, 3]],
+    "replica_groups={{0,2},{1,3}}, dimensions={0}, x": [[0, 2], [1, 3]],
     "replica_groups=[2,2]<=[4], x": [[0, 1], [2, 3]],
     "replica_groups=[2,2]<=[2,2]T(1,0), x": [[0, 2], [1, 3]],
     "replica_groups=mesh['a'=2,'b'=2] {'a'}, x": [[0, 2], [1, 3]],

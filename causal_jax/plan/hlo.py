@@ -284,9 +284,10 @@ def _groups(rest: str) -> Any:
         shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
         order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(dims)))
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
-    listed = re.match(r"\{(\{.*?\})\}", text)
+    listed = re.match(r"\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", text)
     if listed:
-        return np.array([[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", text)])
+        found = re.findall(r"\{([\d,]+)\}", listed[1])
+        return np.array([[int(d) for d in group.split(",")] for group in found])
     return None
 
 
