@@ -167,6 +167,8 @@ def _speed(text: str | None, program: Traced, recipe: Recipe, target: Target) ->
             "collectives and traffic are unknown (taken as none): this JAX cannot read the program "
             "of a libtpu that is newer than it; install the one of 'causal_jax[tpu]'"
         )
+    if target.slices > 1:
+        notes.append("what goes between slices as sends through the hosts is not counted")
     if counted.silent:
         notes.append(f"{counted.silent} kernels say nothing about their cost")
     return {
