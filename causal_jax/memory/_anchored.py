@@ -149,7 +149,7 @@ def token_updates(spec, initial: Leaves, slow: Leaves) -> Callable:
         y = net.finish(gamma, x.q, h)
 
         to_W = _steps(at.D[..., -1:, :], steps).mT
-        to_S = None if S is None else _steps(at.H[..., -1:, :], steps).mT
+        to_S = None if S is None or at.H is None else _steps(at.H[..., -1:, :], steps).mT
         W, S = _moved(at, W, S, initial, s, to_W, to_S)
         ok = _finite(W)
         if anchor is None:

@@ -31,7 +31,7 @@ class Gates:
     theta: Float[Array, "..."]
     log_a: Float[Array, "..."] | None = None
     log_eta: Float[Array, "..."] | None = None
-    gamma: Float[Array, "..."] | None = None
+    gamma: Any = None  # Float[Array, "..."] or None
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +62,8 @@ class MemState:
     weights: Leaves
     momentum: Leaves | None
     anchor: Leaves | None
-    pending: dict[str, Any] | None
-    recent: Leaves | None
+    pending: Any  # dict, or None
+    recent: Any
     conv: Leaves | None
     position: Int[Array, "*L B"]
     segment: Int[Array, "*L B"]
@@ -79,7 +79,7 @@ class MemState:
         """Write it to an `.npz` file; `MemorySpec.load_state` reads it."""
         leaves = jax.tree_util.tree_leaves_with_path(self)
         arrays = {jax.tree_util.keystr(at): np.asarray(leaf) for at, leaf in leaves}
-        np.savez(path, form=np.array(repr(self.form)), **arrays)
+        np.savez(path, **{"form": np.array(repr(self.form)), **arrays})  # pyright: ignore[reportArgumentType]
 
     def check(self) -> "MemState":
         """Itself; outside `jit` only.

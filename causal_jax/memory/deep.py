@@ -124,8 +124,8 @@ class Deep(MemorySpec):
             gamma = jnp.ones_like(gates.theta) if gates.gamma is None else gates.gamma
             gamma = jnp.where(stored[..., None], gamma, 0)
             gates = dataclasses.replace(gates, gamma=gamma)
-        wide = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
-        tokens = Chunk(*wide, gates, jnp.ones_like(stored), stored, new)
+        q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
+        tokens = Chunk(q, k, v, gates, jnp.ones_like(stored), stored, new)
         forward = token_form if self.gate_chunk == 1 else chunk_form
         y, loss, state, ok = forward(self, leaves, state, tokens, aligned or chunk is None)
         if tap.wants("surprise"):

@@ -149,7 +149,8 @@ class RewovenModel(nnx.Module):
         graph, params = nnx.split(self)
 
         def body(store, xs):
-            h, store, apart = nnx.merge(graph, params)._segment(*xs, store, key)
+            tokens, ids = xs
+            h, store, apart = nnx.merge(graph, params)._segment(tokens, ids, store, key)
             return store, (h, apart)
 
         store, (h, apart) = jax.lax.scan(body, store, (cut(tokens), cut(ids)))

@@ -313,9 +313,9 @@ class MACMixer(Mixer):
             return (new, length + 1), y[:, 0]
 
         tables = () if self.rotary is None else rotations.tables[self.rotary]
-        xs = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, tables))
+        xs = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, tables))
         (new, _), y = tap.loop(body, (old, length), xs, axis="token")
-        return jnp.moveaxis(y, 0, 1), new
+        return jnp.moveaxis(y, 0, 1), new  # pyright: ignore[reportArgumentType]
 
     def _token(self, x: Array, old: Open, length: Array, rotations: Rotations, tap: Tap):
         """One token: `_segment` with the segment so far from the cache."""
@@ -332,10 +332,11 @@ class MACMixer(Mixer):
             v = jax.lax.dynamic_update_slice_in_dim(v, new[1].astype(v.dtype), place, 1)
         seen = jnp.concatenate([jnp.ones(n, bool), jnp.tile(jnp.arange(size) <= at, 2)])
         before = self.attention.before(self.persistent[...], x)
-        keys = (jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in zip(before, (k, v)))
-        y = self.attention.attend(
-            self.attention.queries(x, rotations), *keys, seen[None, None, None], tap
-        )
+        past_k, past_v = before
+        q = self.attention.queries(x, rotations)
+        all_k = jnp.concatenate([past_k, k.astype(past_k.dtype)], 1)
+        all_v = jnp.concatenate([past_v, v.astype(past_v.dtype)], 1)
+        y = self.attention.attend(q, all_k, all_v, seen[None, None, None], tap)
         y = tap("mac.y", y)
         m, state = self.spec.memory(
             self.memory.params(), y, old.carry.memory, tap=tap.scope("mac.mem")

@@ -144,7 +144,7 @@ class PrefixAttention(nnx.Module):
 
     def attend(self, q: Array, k: Array, v: Array, mask: Any, tap: Tap, offset: int = 0) -> Array:
         """Output [B, T, D]."""
-        z = dense_attention(q, k, v, mask=mask, q_offset=offset, tap=tap.scope("attn"))
+        z: Any = dense_attention(q, k, v, mask=mask, q_offset=offset, tap=tap.scope("attn"))
         return self.o(z.reshape(*q.shape[:2], -1))
 
 

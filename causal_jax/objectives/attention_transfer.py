@@ -46,5 +46,6 @@ class AttentionTransfer(Objective):
             capture=SITES,
         )
         real = (batch["segments"] >= 0).astype(jnp.float32)
-        loss = self.weight * attention_transfer_loss(*(seen[s] for s in SITES), real)
+        told, teacher = (seen[site] for site in SITES)
+        loss = self.weight * attention_transfer_loss(told, teacher, real)
         return loss, {"loss": (loss * real.sum(), real.sum())}

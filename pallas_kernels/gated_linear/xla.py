@@ -73,7 +73,8 @@ def gated_linear_chunked(
         return _join(q, k, v, o, jnp.cumsum(g, 3), _until(g), docs, chunk)
 
     def at_once():
-        return _at_once(*(_blocks(x, chunk) for x in (q, k, v, g)), docs)
+        blocks = [_blocks(x, chunk) for x in (q, k, v, g)]
+        return _at_once(*blocks, docs=docs)
 
     if T < AT_ONCE:  # not worth compiling both
         parts = joined()
