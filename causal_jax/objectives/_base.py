@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -21,7 +21,12 @@ class Objective:
     so that averages over microbatches and devices are exact. `"loss"` is always among them: the
     summed negative log-likelihood (nats) and the number of targets; the scalar is a mean over that
     count. `key=None` means evaluation: no dropout, no other randomness.
+
+    Class attributes:
+        likelihood: whether "loss" is one, so that bits per byte can be told from it.
     """
+
+    likelihood: ClassVar[bool] = True
 
     def loss(
         self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None

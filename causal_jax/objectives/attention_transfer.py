@@ -8,6 +8,7 @@ input, which is the teacher's own stream (`nn.lawcat.Lawcat(teach=True)`). Train
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -30,6 +31,8 @@ class AttentionTransfer(Objective):
     """
 
     weight: float = 1000.0
+
+    likelihood: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.weight > 0:

@@ -211,7 +211,7 @@ class Loop:
             for name, pair in metrics.items():
                 sums[name] = np.asarray(pair, np.float64) + sums.get(name, 0.0)
         self.figures = {name: float(s / max(n, 1e-9)) for name, (s, n) in sums.items()}
-        if batches.bytes:
+        if batches.bytes and self.recipe.objective.likelihood:
             self.figures["bits_per_byte"] = batches.bits_per_byte(float(sums["loss"][0]))
         self.validated = done
         self.reporter.validation(done, self.figures, final=final)
@@ -264,7 +264,7 @@ class Loop:
             tokens=tokens,
             flops=tokens * recipe.model.flops_per_token(context),
             bytes_per_token=self.prepared.validation_bytes / stream.pairs
-            if stream is not None and stream.pairs
+            if stream is not None and stream.pairs and recipe.objective.likelihood
             else None,
             peak=None if peak is None else peak * self.mesh.size,
         )
