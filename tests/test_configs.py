@@ -48,7 +48,8 @@ def test_full_recipe_loads_and_serialises(path):
         pytest.skip(f"needs a pretrained model: {e}")
     assert config.from_json(config.to_json(recipe)) == recipe
     for one in [stage.recipe for stage in getattr(recipe, "stages", ())] or [recipe]:
-        assert one.model.flops_per_token(one.data.context) > 0
+        length = one.data.context or one.data.source.task.length  # a task has its own
+        assert one.model.flops_per_token(length) > 0
 
 
 def test_unknown_argument_is_refused(path):

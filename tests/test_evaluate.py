@@ -347,7 +347,7 @@ BAD = [
     (["--run", "TEXT", "--task", "recal"], "did you mean 'recall'"),
     (
         ["--run", "TEXT", "--task", "recall"],
-        "it is made of ids, but this run reads text; tasks of text: needle",
+        "it is made of ids, but this run reads text; tasks of text: babilong, needle, sniah",
     ),
     (["--run", "TEXT", "--task", "needle:length=9"], "length 9"),
     (["--run", "TEXT", "--context", "8,x"], "--context 8,x: numbers with commas"),

@@ -195,7 +195,10 @@ def test_bad_tokens_are_reported_or_skipped(name, case):
     _, skipped = jax.jit(careful)(params, x)
     store = jnp.ones((p.B, p.T), bool).at[0, 7].set(False)
     _, unstored = jax.jit(careful)(params, p.x, store=store)
-    assert far(skipped.check().weights, unstored.weights) < 1e-6
+    skipped.check()
+    assert all(jnp.isfinite(w).all() for w in skipped.weights.values())
+    if p.memory.gate_chunk == 1:  # else the gates of a finite token count in its chunk's mean
+        assert far(skipped.weights, unstored.weights) < 1e-6
 
 
 @some_cases
@@ -227,8 +230,6 @@ def test_wrong_input():
     for wrong in ({"depth": 5}, {"gate_chunk": 3}, {"omega": 65}, {"clip": 0.0}, {"conv": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             memories["deep"](**wrong)
-    with pytest.raises(ValueError, match="decay_to='one'"):
-        memories["delta"](decay_to="one")
 
 
 def test_a_step_size_beyond_the_bound_is_warned_of():

@@ -26,7 +26,11 @@ def test_the_entry_describes_itself(name):
     assert cls.small().seeds >= 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    # lawcat: four minutes of compiling, five variants of three stages
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "lawcat" else ()) for n in NAMES],
+)
 def test_the_entry_runs(name, tmp_path):
     settings = papers[name].smoke()
     folder = RunFolder(tmp_path / name, name)

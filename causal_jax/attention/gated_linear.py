@@ -51,8 +51,11 @@ def hedgehog(
         w: a map per head; None: the identity, f = H.
     """
     x = x.astype(jnp.float32)
+    bad = ~jnp.isfinite(x).all(-1, keepdims=True)  # said in the value, kept out of the gradient
+    x = jnp.where(bad, 0, x)
     y = x if w is None else _einsum("btnh,nhf->btnf", x, w.astype(jnp.float32))
-    return jnp.maximum(jnp.concatenate([jax.nn.softmax(y), jax.nn.softmax(-y)], -1), 1e-12)
+    both = jnp.concatenate([jax.nn.softmax(y), jax.nn.softmax(-y)], -1)
+    return jnp.where(bad, jnp.nan, jnp.maximum(both, 1e-12))
 
 
 def gated_linear_attention(

@@ -72,12 +72,12 @@ class Confounders:
         runs: which run of them, from 1.
     """
 
-    span: Bool[Array, "B T"]
-    teacher: Float[Array, "B T"]
-    student: Float[Array, "B T"]
-    score: Float[Array, "B T"]
-    chosen: Bool[Array, "B T"]
-    runs: Int[Array, "B T"]
+    span: Bool[Array | np.ndarray, "B T"]
+    teacher: Float[Array | np.ndarray, "B T"]
+    student: Float[Array | np.ndarray, "B T"]
+    score: Float[Array | np.ndarray, "B T"]
+    chosen: Bool[Array | np.ndarray, "B T"]
+    runs: Int[Array | np.ndarray, "B T"]
 
 
 def find(
@@ -186,5 +186,5 @@ def token_plot(found: Confounders, row: int, pieces: Sequence[str], *, title: st
     return heat_map(values, x=names, y=strips, title=title, label="scaled", limit=1.0)
 
 
-def _strips(found: Confounders) -> tuple[Array, Array, Array]:
+def _strips(found: Confounders) -> tuple[Any, Any, Any]:
     return found.teacher, found.student, 1.0 - found.score

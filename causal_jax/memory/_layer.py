@@ -162,6 +162,8 @@ def _pooled(spec, z, state: MemState, live, new):
     live = jnp.ones((B, T), bool) if live is None else live
     new = jnp.zeros((B, T), bool) if new is None else new
     values = jnp.stack([z.get(n, jnp.zeros((B, T, N))) for n in ("alpha", "eta")], -1)
+    if spec.nonfinite == "skip":  # no logits, no part in the mean
+        live = live & jnp.isfinite(values).all((2, 3))
     ones = jnp.ones((B, T, N, 1))
     terms = jnp.where(live[..., None, None], jnp.concatenate([values, ones], -1), 0)
     at = state.position[:, None] + jnp.arange(T)[None]

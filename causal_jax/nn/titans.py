@@ -169,7 +169,7 @@ class TitansSpec(MixerSpec):
         projections = 4 + self.memory.output_gate
         return self.memory.cost(T, N, H) + 2.0 * T * projections * (N * H) ** 2
 
-    def attention_cost(self, T: int, seen: float, N: int, H: int) -> float:
+    def attention_cost(self, T: int, seen: float | int, N: int, H: int) -> float:
         """Of the attention with its projections, every token seeing so many keys on average."""
         return 8.0 * T * (N * H) ** 2 + 4.0 * T * seen * N * H
 

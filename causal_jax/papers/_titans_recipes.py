@@ -53,5 +53,6 @@ def recipe(kind: Kind, size: Size, arg: str = "") -> Recipe:
         evaluation=Evaluation(every=0, final_batches=1),
         checkpoint=Checkpoints(every=2),
         report=Report(every=1),
+        mesh=MeshSpec(data=1),
         sample=None,
     )

@@ -67,7 +67,7 @@ class HyperAttentionPaper(Paper):
     angles: tuple[float, ...] = (0.0, 0.1, 0.2)
     half: int = 64
     model: str = "smollm2"
-    patched: tuple[float, ...] = (0, 25, 50, 75, 100)
+    patched: tuple[float, ...] = (0.0, 25.0, 50.0, 75.0, 100.0)
     context: int = 1024
     rows: int = 2
     contexts: tuple[int, ...] = (512, 1024, 2048)
@@ -89,7 +89,7 @@ class HyperAttentionPaper(Paper):
     @classmethod
     def smoke(cls) -> "HyperAttentionPaper":
         return cls(
-            seeds=1, length=256, angles=(0.0,), half=16, model=TOY, patched=(0, 50, 100),
+            seeds=1, length=256, angles=(0.0,), half=16, model=TOY, patched=(0.0, 50.0, 100.0),
             context=128, rows=1, contexts=(128,),
         )  # fmt: skip
 
@@ -177,7 +177,7 @@ class _Reader:
     def subject(self) -> tuple[Any, Any]:
         return load_subject(self.settings.model)
 
-    def nats(self, context: int, share: float, method: str, strict: bool) -> float:
+    def nats(self, context: int, share: float | int, method: str, strict: bool) -> float:
         """Mean loss per token, in nats, over `rows` texts."""
         model, tokenizer = self.subject
         settings, L = self.settings, self.subject[0].spec.layers

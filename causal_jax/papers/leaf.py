@@ -277,7 +277,9 @@ class _Work:
             lambda key: jax.tree.map(lambda x: jnp.zeros_like(x[0]), student),
             loss,
             AdamW(
-                lr=s.distil_lr, schedule=Schedule(warmup=min(5, s.steps), final=0.0), weight_decay=0
+                lr=s.distil_lr,
+                schedule=Schedule(warmup=min(5, s.steps), final=0.0),
+                weight_decay=0.0,
             ),
             s.steps,
             int(np.prod(shape)),

@@ -101,12 +101,12 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
             "back, or choose another --config.workdir"
         )
     now = to_json(recipe)
-    filled = (("model.vocab", now["model"].get("vocab")), ("data.context", now["data"]["context"]))
-    skip = [*MAY_CHANGE, *(name for name, value in filled if value == 0)]
+    skip = [*MAY_CHANGE, *(["data.context"] if now["data"]["context"] == 0 else [])]
     found = [
         d
         for d in differences(to_json(from_json(saved)), now)
         if not any(d[0] == name or d[0].startswith(name + ".") for name in skip)
+        and not (d[0].startswith("model.") and d[0].endswith("vocab") and d[2] == 0)
     ]
     if found:
         lines = "\n".join(f"  {f}: the run has {_short(a)}, now {_short(b)}" for f, a, b in found)

@@ -34,10 +34,10 @@ class Prompts:
         user: [B, T] the user's words (no marks, no bos).
     """
 
-    tokens: Int[Array, "B T"]
-    start: Int[Array, "B"]
-    answer: Int[Array, "B"]
-    user: Bool[Array, "B T"]
+    tokens: Int[Array, "*S B T"]
+    start: Int[Array, "*S B"]
+    answer: Int[Array, "*S B"]
+    user: Bool[Array, "*S B T"]
 
 
 @dataclasses.dataclass(frozen=True)
