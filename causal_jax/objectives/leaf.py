@@ -97,9 +97,9 @@ class Leaf(Objective):
         span = batch["span"] > 0 if "span" in batch else None
         found = jax.lax.stop_gradient(find(pair.teacher, pair.student, rows, self.rule, span))
         if self.collective:
-            chosen = found.chosen
+            chosen = jnp.asarray(found.chosen)
         else:
-            chosen = pick_run(found.runs, jax.random.key(0) if key is None else key)
+            chosen = pick_run(jnp.asarray(found.runs), jax.random.key(0) if key is None else key)
         pruned = prune(rows, chosen)
         if self.keep == "any":
             return pruned, chosen
