@@ -12,7 +12,7 @@ and then give one: that is how a config says it (`configs/linearize_smollm2.py`)
 """
 
 import dataclasses
-from typing import overload
+from typing import Any, TypeVar
 
 import jax
 
@@ -20,7 +20,9 @@ from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder, DecoderModel
 from causal_jax.nn.lawcat import Lawcat
 from causal_jax.nn.mixer import MixerSpec
-from causal_jax.surgery import Layers, rebuilt
+from causal_jax.surgery import Layers, layers_of, rebuilt, shortest_period
+
+M = TypeVar("M", Decoder, DecoderModel)
 
 
 def linearized(spec: Decoder, layers: Layers = None, student: Lawcat | None = None) -> Decoder:
@@ -37,16 +39,13 @@ def linearized(spec: Decoder, layers: Layers = None, student: Lawcat | None = No
     """
     student = Lawcat(teach=True) if student is None else student
     chosen = list(spec.layer_specs())
-    which = range(spec.layers) if layers is None else layers
-    for layer in (which,) if isinstance(which, int) else which:
-        if not 0 <= layer < spec.layers:
-            raise InputError(f"linearize: layer {layer} is outside 0..{spec.layers - 1}")
+    for layer in layers_of(layers, spec.layers):
         if isinstance(chosen[layer], MixerSpec):
             raise InputError(
                 f"linearize: layer {layer} is no attention any more, it is {chosen[layer]}"
             )
         chosen[layer] = dataclasses.replace(student, teacher=chosen[layer])
-    return dataclasses.replace(spec, attention=_period(chosen))
+    return dataclasses.replace(spec, attention=shortest_period(chosen))
 
 
 def linearize(
@@ -70,24 +69,22 @@ def linearize(
     return rebuilt(model, linearized(model.spec, layers, student), key)
 
 
-@overload
-def untaught(model: Decoder) -> Decoder: ...
-@overload
-def untaught(model: DecoderModel) -> DecoderModel: ...
-def untaught(model: Decoder | DecoderModel) -> Decoder | DecoderModel:
+def untaught(model: M) -> M:
     """The model (or spec) after stage one: the students' output goes on.
 
     Raises:
         InputError: no layer is being taught.
     """
-    spec = model.spec if isinstance(model, DecoderModel) else model
+    given: Any = model
+    spec: Decoder = given.spec if isinstance(given, DecoderModel) else given
     check_taught(spec)
     chosen = [
         dataclasses.replace(s, teach=False) if isinstance(s, Lawcat) else s
         for s in spec.layer_specs()
     ]
-    new = dataclasses.replace(spec, attention=_period(chosen))
-    return rebuilt(model, new) if isinstance(model, DecoderModel) else new
+    new = dataclasses.replace(spec, attention=shortest_period(chosen))
+    out: Any = rebuilt(given, new) if isinstance(given, DecoderModel) else new
+    return out
 
 
 def check_taught(spec: Decoder) -> None:
@@ -101,9 +98,3 @@ def check_taught(spec: Decoder) -> None:
             f"attention {spec.attention}: no layer is being taught (stage one needs "
             "Lawcat(teach=True), made by `linearize`, and comes before stage two)"
         )
-
-
-def _period(specs: list) -> tuple:
-    """The shortest beginning that, repeated, is the whole list."""
-    L = len(specs)
-    return next(tuple(specs[:p]) for p in range(1, L + 1) if (specs[:p] * -(-L // p))[:L] == specs)

@@ -9,7 +9,7 @@ repeat. The models given stay as they are.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,18 +47,14 @@ def swap_attention(
     chosen = list(spec.layer_specs())
     named: set[int] = set()
     for layers, new in specs.items():
-        which = _which(layers, spec.layers)
+        which = layers_of(layers, spec.layers)
         if twice := named.intersection(which):
             raise InputError(f"swap_attention: layer {min(twice)} is named twice")
         named.update(which)
         _check(new)
         for layer in which:
             chosen[layer] = new
-    whole = tuple(chosen)
-    period = next(
-        p for p in range(1, len(whole) + 1) if (whole[:p] * len(whole))[: len(whole)] == whole
-    )
-    out = rebuilt(model, dataclasses.replace(spec, attention=whole[:period]), key)
+    out = rebuilt(model, dataclasses.replace(spec, attention=shortest_period(chosen)), key)
     _try(out)
     return out
 
@@ -207,12 +203,24 @@ def _spec(model: Any) -> Decoder:
     return model.spec
 
 
-def _which(layers: Layers, depth: int) -> tuple[int, ...]:
+def layers_of(layers: Layers, depth: int) -> tuple[int, ...]:
+    """The layers named, of a model of this depth.
+
+    Raises:
+        InputError: one that the model does not have.
+    """
     which = range(depth) if layers is None else (layers,) if isinstance(layers, int) else layers
     for layer in which:
         if not 0 <= layer < depth:
-            raise InputError(f"swap_attention: layer {layer} is outside 0..{depth - 1}")
+            raise InputError(f"layers: layer {layer} is outside 0..{depth - 1}")
     return tuple(which)
+
+
+def shortest_period(specs: Sequence[Any]) -> tuple:
+    """The shortest beginning that, repeated, is the whole: `Decoder.attention` of these layers."""
+    whole = tuple(specs)
+    L = len(whole)
+    return next(whole[:p] for p in range(1, L + 1) if (whole[:p] * -(-L // p))[:L] == whole)
 
 
 def _check(spec: Any) -> None:

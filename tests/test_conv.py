@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from causal_jax.errors import InputError
-from causal_jax.nn.conv import CausalConv, causal_conv
+from causal_jax.linear_maps import causal_conv
+from causal_jax.nn.conv import CausalConv
 
 
 def _case(T, W=4, D=3, B=2):

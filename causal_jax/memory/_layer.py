@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from causal_jax.linear_maps import causal_conv, matmul
 from causal_jax.memory._state import Gates, MemState
-from causal_jax.nn.conv import causal_conv
-from causal_jax.nn.linear import matmul
 
 NORM_EPS = 1e-6
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.errors import InputError
+from causal_jax.linear_maps import matmul
 from causal_jax.memory import _layer
 from causal_jax.memory._state import Gates, MemState
 from causal_jax.memory.deep import Deep
-from causal_jax.nn.linear import matmul
 from causal_jax.shapes import Array, Bool, Float
 
 EPS = float(np.finfo(np.float32).eps)  # of torch.nn.RMSNorm

@@ -17,10 +17,11 @@ from flax import nnx
 from causal_jax import masks
 from causal_jax.attention import AttentionSpec, Dense
 from causal_jax.errors import InputError
+from causal_jax.linear_maps import matmul
 from causal_jax.models._base import ModelSpec, models
 from causal_jax.nn.attention import Attention
 from causal_jax.nn.block import Block, dropout
-from causal_jax.nn.linear import Embed, Linear, matmul
+from causal_jax.nn.linear import Embed, Linear
 from causal_jax.nn.lora import LoRA, adapt
 from causal_jax.nn.mixer import MixerSpec
 from causal_jax.nn.mlp import MLP, ActivationName, is_gated

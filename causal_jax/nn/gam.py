@@ -26,8 +26,8 @@ from flax import nnx
 
 from causal_jax import masks
 from causal_jax.errors import InputError
+from causal_jax.linear_maps import causal_conv
 from causal_jax.nn.attention import Rotations
-from causal_jax.nn.conv import causal_conv
 from causal_jax.nn.linear import Linear
 from causal_jax.nn.mixer import Mixer, MixerSpec, check_plain, layer_of, mixers, with_layer
 from causal_jax.positions import Rotary

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from causal_jax.placement import time_is_whole
+from causal_jax.linear_maps import matmul
 from causal_jax.shapes import Array, Float, Int
 
 _TRUNCATED_SD = 0.87962566  # of a standard normal cut at two standard deviations
@@ -31,18 +31,6 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...].astype(x.dtype), range(x.ndim - 1))
         return y
-
-
-def matmul(x: Float[Array, "*B D"], w: Float[Array, "D F"], **kw) -> Float[Array, "*B F"]:
-    """x w over all leading axes, which are folded into one where no mesh cuts the time axis.
-
-    The same numbers either way; but the gradient of w is then one plain product, where the unfolded
-    form makes XLA:CPU transpose both activations first (a quarter of a feed-forward layer's time).
-    """
-    if x.ndim > 2 and time_is_whole():
-        y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, **kw)
-        return y.reshape(*x.shape[:-1], w.shape[-1])
-    return jnp.einsum("...d,df->...f", x, w, **kw)
 
 
 class Embed(nnx.Module):

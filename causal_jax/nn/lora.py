@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from causal_jax.errors import InputError
-from causal_jax.nn.linear import Linear, matmul
+from causal_jax.linear_maps import matmul
+from causal_jax.nn.linear import Linear
 from causal_jax.paths import check_pattern
 from causal_jax.shapes import Array, Float
 

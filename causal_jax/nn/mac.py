@@ -30,9 +30,9 @@ from flax import nnx
 
 from causal_jax import masks
 from causal_jax.errors import InputError
+from causal_jax.linear_maps import matmul
 from causal_jax.memory import MemState
 from causal_jax.nn.attention import Rotations
-from causal_jax.nn.linear import matmul
 from causal_jax.nn.mixer import Mixer, check_plain, layer_of, mixers, of_layers, with_layer
 from causal_jax.nn.titans import (
     Combination,

