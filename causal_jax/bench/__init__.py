@@ -28,6 +28,7 @@ GROUPS = {
     "memory": "memories that learn while reading, beside titans-pytorch and the token recurrence",
     "linear": "a LAWCAT layer beside exact attention and a torch recurrence; decoding",
     "train": "one optimisation step of a config's model, beside the same model in torch",
+    "save": "what a checkpoint costs the training beside it",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
     "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",
     "taps": "what reading and changing activations costs; a map of patches as one program",

@@ -7,16 +7,24 @@ A checkpoint is written under another name and renamed when complete, so a kille
 disk costs the checkpoint in the making and nothing else. Arrays are stored under their names
 (`causal_jax/paths.py`), not under the classes that held them, so what is read back does not depend
 on the versions of the libraries that wrote it. They are read onto whatever mesh the reader has.
+
+Where arrays lie in the host's memory, saving copies them and all else is done by a thread that
+gives way to training. From an accelerator, or with several processes, orbax moves them to the host
+before `save` returns, and writes them in threads of its own.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import gc
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +64,8 @@ class Store:
     ):
         self.folder = Path(folder).absolute()  # orbax takes no relative paths
         self.keep, self.keep_best, self.say = keep, keep_best, say
-        self._saving: tuple[int, Any] | None = None
+        self._saving: tuple[int, Callable[[], Any]] | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "save", _give_way)
         # orbax logs whole tracebacks of what is raised here as well
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -196,14 +205,31 @@ class Store:
         if step in self.steps():
             return
         parts = {name: named_leaves(tree) for name, tree in _parts(state).items()}
-        sums = {name: int(checksum(part)) for name, part in parts.items()}
-        text = json.dumps(meta | {"step": step, "checksums": sums})
         with self._explained(step):
             self.folder.mkdir(parents=True, exist_ok=True)
-            response = ocp.save_checkpointables_async(
-                str(self.folder / str(step)), parts, custom_metadata={"meta": text}
-            )
-        self._saving = (step, response)
+            if _in_host_memory(parts):
+                copies, sums = _copy(parts)
+                job = self._writer.submit(
+                    lambda: (
+                        self._write(ocp.save_checkpointables, step, copies, sums, meta),
+                        self._prune(),
+                    )
+                )
+                self._saving = (step, job.result)
+            else:
+                sums = {name: checksum(part) for name, part in parts.items()}
+                job = self._write(ocp.save_checkpointables_async, step, parts, sums, meta)
+                self._saving = (step, lambda: (job.result(), self._prune()))
+
+    def _write(self, how: Callable, step: int, parts: Any, sums: Any, meta: dict) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        sums = {name: int(total) for name, total in sums.items()}
+        text = json.dumps(meta | {"step": step, "checksums": sums})
+        # compressing float32 weights takes 40 % of the time and saves 8 % of the bytes
+        saving = ocp.options.ArrayOptions.Saving(use_compression=False)
+        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+            return how(str(self.folder / str(step)), parts, custom_metadata={"meta": text})
 
     def wait(self) -> None:
         """Until nothing is being written; then remove what need not be kept.
@@ -213,13 +239,13 @@ class Store:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        (step, finish), self._saving = self._saving, None
         with self._explained(step):
-            response.result()
-        if jax.process_index() == 0:
-            self._prune()
+            finish()
 
     def _prune(self) -> None:
+        if jax.process_index() != 0:
+            return
         steps, losses = self.steps(), self._losses()
         best = sorted(losses, key=lambda s: losses[s])[: self.keep_best]
         for step in set(steps) - set(steps[-self.keep :]) - set(best):
@@ -262,6 +288,25 @@ class Store:
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; {kept}. "
                 "Make room there (or set another --config.workdir) and run the same command again"
             ) from e
+
+
+def _in_host_memory(parts: dict[str, Any]) -> bool:
+    """Whether a copy costs no memory of an accelerator, and no other process takes part."""
+    devices = {d for leaf in jax.tree.leaves(parts) for d in leaf.devices()}
+    return jax.process_count() == 1 and all(d.platform == "cpu" for d in devices)
+
+
+@jax.jit
+def _copy(parts: dict[str, dict[str, jax.Array]]) -> tuple[Any, dict[str, jax.Array]]:
+    """Copies that nobody gives away, and their checksums."""
+    sums = {name: checksum(part) for name, part in parts.items()}
+    return jax.tree.map(jnp.copy, parts), sums
+
+
+def _give_way() -> None:
+    """Let other threads go first; those started from here on inherit it (Linux)."""
+    if sys.platform == "linux":  # elsewhere a thread's number may be another process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def checksum(leaves: dict[str, jax.Array]) -> jax.Array:
