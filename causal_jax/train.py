@@ -22,12 +22,13 @@ from causal_jax import config
 from causal_jax.errors import InputError
 
 USAGE = """\
-usage: python -m causal_jax.train --config F[:ARG] [--config.FIELD VALUE ...] [--distributed]
+usage: python -m causal_jax.train --config F[:ARG] [--config.FIELD VALUE ...] [options]
 
   --config F[:ARG]       a config file with get_config(ARG), or the folder of an earlier run
   --config.FIELD VALUE   change one field, e.g. --config.steps 200 --config.optimizer.lr 1e-3
   --config.workdir DIR   the run folder (default: runs/<name of the config>); a run in it goes on
   --distributed          one of several processes; JAX finds out the others
+  --deterministic        the same bits in every process on a GPU too, which costs speed there
   --help                 with --config: all fields of that config, their values and meanings
 
 example: python -m causal_jax.train --config configs/quickstart.py --config.steps 200"""
@@ -66,7 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     spec, overrides, rest = config.take_words(argv)
     wants_help = "--help" in rest or "-h" in rest
-    unknown = [word for word in rest if word not in ("--help", "-h", "--distributed")]
+    if "--deterministic" in rest:
+        from causal_jax.environment import make_deterministic
+
+        make_deterministic()
+    unknown = [
+        word for word in rest if word not in ("--help", "-h", "--distributed", "--deterministic")
+    ]
     if unknown:
         raise InputError(f"unknown argument {unknown[0]!r}\n{USAGE}")
     if spec is None:

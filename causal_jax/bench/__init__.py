@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 
 from causal_jax.bench.report import Writer
-from causal_jax.bench.timing import environment
 from causal_jax.config import take_words
+from causal_jax.environment import environment
 from causal_jax.errors import InputError
 
 GROUPS = {
@@ -29,6 +29,7 @@ GROUPS = {
     "linear": "a LAWCAT layer beside exact attention and a torch recurrence; decoding",
     "train": "one optimisation step of a config's model, beside the same model in torch",
     "save": "what a checkpoint costs the training beside it",
+    "processes": "training in one process beside several, over loopback",
     "generate": "decoding with a key/value cache: tokens per second, step time by position",
     "pretrained": "a pretrained decoder beside transformers: prefill, decoding, memory",
     "taps": "what reading and changing activations costs; a map of patches as one program",

@@ -5,14 +5,9 @@ are compiled first, then take turns (A B C A B C ...), and only ratios within on
 Compilation is timed apart and never enters a sample.
 """
 
-import contextlib
 import dataclasses
 import gc
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import causal_jax
 
 MIB = 2**20
 
@@ -224,58 +217,3 @@ def matmul(dtype: str) -> Candidate:
 def matmul_flops() -> float:
     """Operations of `matmul`."""
     return 2.0 * _matmul_size() ** 3
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on: device, versions, commit, load of the machine at the start."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else _cpu_name(),
-        "platform": device.platform,
-        "cores": _cores(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "causal_jax": causal_jax.__version__,
-        **_versions("jax", "jaxlib", "torch", "tokamax"),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def commit() -> str | None:
-    """Short hash of this package's checkout, with `+` when files differ from it."""
-    folder = Path(causal_jax.__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        return head + ("+" if git("status", "--porcelain", "--", str(folder)) else "") or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "cpu"

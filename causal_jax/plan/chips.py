@@ -117,6 +117,7 @@ def target(name: str, slices: int = 1) -> Target:
         raise InputError(f"--topology {name}: no such topology{hint} Known:\n{valid()}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else it complains of having none
     from jax.experimental import topologies
 
     try:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from causal_jax import config
+from causal_jax.environment import make_deterministic
 from causal_jax.errors import InputError
 from causal_jax.papers import Paper, papers
 from causal_jax.reproduce import catalogue, pages
@@ -75,8 +76,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add("--fresh", action="store_true", help="throw away what the folder holds of earlier runs")
     add("--runs", type=Path, default=ROOT, metavar="DIR", help=f"all runs (default {ROOT})")
     add("--jobs", type=int, default=1, metavar="N", help="--all: entries at the same time")
+    add("--deterministic", action="store_true", help="the same bits every time on a GPU too")
     add("--keep", action="store_true", help="report: keep the evidence in the checkout, too")
     args = parser.parse_args(words)
+    if args.deterministic:
+        make_deterministic()
     given = [bool(args.name), args.list, args.all]
     if sum(given) != 1:
         parser.error("give one of NAME, report, --list, --all")

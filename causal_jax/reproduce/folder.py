@@ -80,7 +80,7 @@ class RunFolder(Report):
 
     def finish(self, settings: Paper, evidence: Evidence) -> Record:
         """Write evidence.json; returns what it holds."""
-        from causal_jax.bench.timing import environment
+        from causal_jax.environment import environment
 
         rows = [
             {

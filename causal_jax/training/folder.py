@@ -3,11 +3,13 @@
 config.json      the resolved recipe            tokenizer/       saved by the data
 checkpoints/     the state (orbax)              metrics.jsonl    one record per report
 log.txt          what was printed               loss.png         drawn at the end
+starts.jsonl     every start: from which step, seed, devices, versions, commit, command
 """
 
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 
 from causal_jax.config import differences, from_json, to_json
+from causal_jax.environment import environment
 from causal_jax.errors import InputError
 from causal_jax.training.recipe import MAY_CHANGE, Recipe
 
@@ -123,6 +126,23 @@ def write_config(folder: Path, recipe: Recipe) -> None:
     part = folder / "config.json.part"
     part.write_text(json.dumps(to_json(recipe), indent=1) + "\n")
     part.replace(folder / "config.json")
+
+
+def note_start(folder: Path, recipe: Recipe, step: int) -> None:
+    """Add a line to starts.jsonl: what the numbers from `step` on depend on besides the recipe."""
+    if jax.process_index() != 0:
+        return
+    record = {
+        "step": step,
+        "seed": recipe.seed,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "command": sys.argv,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **environment("flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    }
+    with (folder / "starts.jsonl").open("a") as f:
+        f.write(json.dumps(record) + "\n")
 
 
 def _short(value: Any) -> str:

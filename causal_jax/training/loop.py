@@ -83,6 +83,7 @@ def train(recipe: Recipe) -> Result:
         check_batch(mesh, recipe.data.batch, recipe.data.context, recipe.accumulate)
         loop = Loop(recipe, workdir, mesh, prepared, store)
         folder.write_config(workdir, recipe)
+        folder.note_start(workdir, recipe, loop.start)
         try:
             return loop.run(stop)
         except BaseException:
