@@ -10,7 +10,16 @@ from jax.experimental.pallas import tpu as pltpu
 JAX = tuple(int(x) for x in jax.__version__.split(".")[:2])
 
 
-def tpu_call(kernel: Any, *, grid_spec: Any, out_shape: Any, semantics, interpret: Any, name: str):
+def tpu_call(
+    kernel: Any,
+    *,
+    grid_spec: Any,
+    out_shape: Any,
+    semantics,
+    interpret: Any,
+    name: str,
+    cost_estimate: Any = None,
+):
     """`pl.pallas_call` for Mosaic TPU; parameters are always explicit (their default moves)."""
     params = pltpu.CompilerParams(
         dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
@@ -20,6 +29,7 @@ def tpu_call(kernel: Any, *, grid_spec: Any, out_shape: Any, semantics, interpre
         grid_spec=grid_spec,
         out_shape=out_shape,
         compiler_params=params,
+        cost_estimate=cost_estimate,
         interpret=interpret,
         name=name,
     )

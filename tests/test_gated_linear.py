@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from causal_jax.attention import Dense
 from causal_jax.attention.gated_linear import (
     GatedLinear,
     gated_linear_attention,
@@ -16,6 +18,7 @@ from causal_jax.attention.gated_linear import (
 )
 from causal_jax.errors import InputError
 from causal_jax.masks import Causal, Documents, Keys, Prefix, Window
+from causal_jax.models.decoder import Decoder
 from pallas_kernels.gated_linear import gated_linear_chunked
 
 CHUNKED = {C: jax.jit(functools.partial(gated_linear_chunked, chunk=C)) for C in (16, 64)}
@@ -181,6 +184,29 @@ def test_streaming_is_the_whole_and_of_constant_size():
     np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=1e-5)
 
 
+def test_a_decoder_has_a_state_for_a_cache():
+    spec = Decoder(
+        vocab=19, layers=2, width=32, heads=4, kv_heads=2, context=64,
+        attention=(GatedLinear(half_life=8.0), Dense()),
+    )  # fmt: skip
+    graph, params = nnx.split(spec.build(jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 21), 0, 19)
+    want = jax.jit(lambda p, t: nnx.merge(graph, p)(t))(params, tokens)
+    extend = jax.jit(lambda p, t, c: nnx.merge(graph, p).extend(t, c))
+    model = nnx.merge(graph, params)
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves(model.init_cache(2, n).layers[0][0])) for n in (8, 99)
+    ]
+    assert sizes[0] == sizes[1] == 2 * 2 * 16 * 9 * 4  # B K F (H + 1) of float32
+    padded = jnp.stack([jnp.pad(tokens[0], (0, 3)), jnp.pad(tokens[1], (3, 0), constant_values=7)])
+    cache, out = model.init_cache(2, 64, start=jnp.asarray([0, 3])), []
+    for a, b in itertools.pairwise((0, 1, 12, 13, 24)):
+        logits, cache = extend(params, padded[:, a:b], cache)
+        out.append(logits)
+    out = jnp.concatenate(out, 1)
+    np.testing.assert_allclose(jnp.stack([out[0, :21], out[1, 3:]]), want, atol=2e-4)
+
+
 def test_what_does_not_fit_is_named():
     q, k, v, g = problem(1.0)
     with pytest.raises(InputError, match="gate per feature"):
@@ -195,5 +221,7 @@ def test_what_does_not_fit_is_named():
         GatedLinear(half_life=0.0)
     with pytest.raises(NotImplementedError, match="reference"):
         gated_linear_attention(q, k, v, mask=Causal() & Window(3, 0), implementation="xla")
+    with pytest.raises(InputError, match="no more"):
+        GatedLinear().step(q, k, v, jnp.zeros((2, 2, 16, 6)), mask=Causal() & Window(3, 0))
     with pytest.raises(NotImplementedError, match="state"):
         gated_linear_attention(q, k, v, mask=Causal() & Window(3, 0), return_state=True)

@@ -34,7 +34,7 @@ class AttentionSpec:
             others.
 
     Mechanisms with parameters also define `init(width, heads, kv_heads, head_dim, rngs)`; those
-    with a decode state `init_state(...)` and `step(...)`.
+    with a decode state `init_state` and `step`.
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset()
@@ -54,6 +54,29 @@ class AttentionSpec:
 
     def cost(self, T: int, S: int, N: int, H: int, Hv: int) -> float:
         """Floating-point operations of the products of one causal forward pass, one sequence."""
+        raise NotImplementedError(type(self).__name__)
+
+    def init_state(self, batch: int, kv_heads: int, head_dim: int) -> Any:
+        """What is remembered before the first position, [B, ...]; where it `streams`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def step(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
+        state: Any,
+        *,
+        mask: Mask | None = None,
+        length: int | Int[Array, ""] = 0,
+        tap: Tap = OFF,
+    ) -> tuple[Float[Array, "B T N V"], Any]:
+        """T further positions, at a cost that does not grow with the past; where it `streams`.
+
+        Args:
+            mask: in absolute positions; None: causal.
+            length: positions already read.
+        """
         raise NotImplementedError(type(self).__name__)
 
     def __call__(

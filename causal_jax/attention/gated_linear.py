@@ -7,6 +7,7 @@ with q, k >= 0 features and b the running sum of the log gates g <= 0. So o_t is
 values whose weights fade; without gates it is linear attention. The state is as large after a
 million tokens as after one. Three forms of the same numbers: token by token ("recurrent"), in
 chunks ("xla", parallel, what training and prefill use), all pairs ("reference", serves any mask).
+The kernels "tpu" and "gpu" work in chunks too; never run on their hardware, they must be named.
 
     cost     4 F (H' + 1) operations per head and token for the state, C (F + H') within chunks of C
     exact    never: its features are not softmax's
@@ -27,16 +28,24 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
+from causal_jax.attention._implementations import target
 from causal_jax.attention._scores import _finite, _with_bad
 from causal_jax.errors import InputError
 from causal_jax.masks import And, Causal, Documents, Full, Keys, Mask, Not, Prefix, Sinks, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
-from pallas_kernels.gated_linear import gated_linear_chunked
+from pallas_kernels.gated_linear import (
+    gated_linear_chunked,
+    gated_linear_gpu,
+    gated_linear_recurrent,
+    gated_linear_tpu,
+    gpu,
+    tpu,
+)
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-IMPLEMENTATIONS = ("reference", "recurrent", "xla")
+IMPLEMENTATIONS = ("reference", "recurrent", "xla", "tpu", "gpu")
 EPS = 1e-10  # under the normaliser
 
 
@@ -93,7 +102,8 @@ def gated_linear_attention(
         mask, kv_length, key, tap: as in `linear_attention`.
         chunk: positions worked on at once, a power of two.
         q_offset: position of the first query among the keys.
-        implementation: None chooses and never fails; "reference", "recurrent", "xla".
+        implementation: None chooses ("xla" or "reference") and never fails; "reference",
+            "recurrent", "xla", "tpu", "gpu" (which has chunks of 64 and products in bfloat16).
 
     Returns:
         o in v's dtype, 0 for a query that may attend to nothing; the state [B, K, F, V (+ 1)],
@@ -119,15 +129,16 @@ def gated_linear_attention(
 
     own = S == T and isinstance(q_offset, int) and q_offset == 0
     plain = causal_parts(mask, B, jnp.arange(S)) if own else None
-    lost = None if plain else "it serves causal masks with documents and missing keys only"
+    only = "only 'reference' without a state does"
+    lost = None if plain else f"it serves causal masks with documents and missing keys: {only}"
     if site := next((s for s in ("mask", "pattern") if tap.wants(s)), None):
-        lost = f"site {site!r} needs all pairs"
-    linear = implementation in ("recurrent", "xla") or (implementation is None and lost is None)
+        lost = f"site {site!r} needs all pairs: {only}"
+    lost = lost or _own_refusal(implementation, q, k, w)
+    linear = implementation != "reference" and (implementation is not None or lost is None)
     stateful = state is not None or return_state
     if (lost and (linear or stateful)) or (stateful and not linear):
         raise NotImplementedError(
-            f"{implementation or 'a state'}: {lost or 'all pairs have no state'}: only 'reference' "
-            "without a state does"
+            f"{implementation or 'a state'}: {lost or 'all pairs have no state'}"
         )
     if linear and plain is not None:
         valid, document = plain
@@ -135,9 +146,13 @@ def gated_linear_attention(
         if valid is not None:
             there = valid[..., None, None]
             k, w, g = (jnp.where(there, x, 0) for x in (k, w, g))
-        run = gated_linear_recurrent if implementation == "recurrent" else gated_linear_chunked
-        kwargs = {} if implementation == "recurrent" else {"chunk": chunk}
-        o, state = run(q, k, w, g, state, document, **kwargs)
+        forms = {
+            "recurrent": gated_linear_recurrent,
+            "gpu": gated_linear_gpu,
+            "tpu": functools.partial(gated_linear_tpu, chunk=chunk),
+        }
+        run = forms.get(implementation or "", functools.partial(gated_linear_chunked, chunk=chunk))
+        o, state = run(q, k, w, g, state, document)
     else:
         o = _all_pairs(q, k, w, g, mask & Causal(), q_offset, normalise, tap)
     if normalise:
@@ -146,39 +161,14 @@ def gated_linear_attention(
     return (z, state) if return_state and state is not None else z
 
 
-def gated_linear_recurrent(
-    q: Float[Array, "B T N F"],
-    k: Float[Array, "B T K F"],
-    v: Float[Array, "B T K V"],
-    g: Float[Array, "B T K F"],
-    state: Float[Array, "B K F V"],
-    document: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B K F V"]]:
-    """The recurrence as it is written, one position after another, without normaliser.
-
-        S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t
-
-    Args:
-        q, k, v, g, state, document: as `pallas_kernels.gated_linear.gated_linear_chunked`.
-
-    Returns:
-        o and the state after the last position, float32.
-    """
-    (B, T, N, F), K = q.shape, k.shape[2]
-    q, k, v, g = (x.astype(jnp.float32) for x in (q.reshape(B, T, K, N // K, F), k, v, g))
-    if document is None:
-        document = jnp.zeros((B, T), jnp.int32)
-    fresh = jnp.diff(document, axis=1, prepend=0) != 0
-
-    def step(state, xs):
-        q, k, v, g, fresh = xs
-        kept = jnp.where(fresh[:, None, None, None], 0, jnp.exp(g)[..., None] * state)
-        state = kept + k[..., None] * v[:, :, None]
-        return state, _einsum("bkgf,bkfv->bkgv", q, state)
-
-    xs = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, fresh))
-    state, o = jax.lax.scan(step, state.astype(jnp.float32), xs)
-    return jnp.moveaxis(o, 0, 1).reshape(B, T, N, -1), state
+def _own_refusal(implementation: str | None, q, k, v) -> str | None:
+    """Why a kernel that was named cannot serve, or None."""
+    kernel = {"tpu": tpu, "gpu": gpu}.get(implementation or "")
+    if kernel is None:
+        return None
+    if target() not in {"tpu": ("tpu",), "gpu": ("gpu", "cuda")}[implementation or ""]:
+        return f"it needs a {(implementation or '').upper()}, this is {target()}"
+    return kernel.refusal(q, k, v)
 
 
 def _all_pairs(q, k, v, g, mask, q_offset, normalise, tap):
@@ -315,10 +305,25 @@ class GatedLinear(AttentionSpec):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K V"],
         state: Float[Array, "B K F W"],
+        *,
+        mask: Mask | None = None,
+        length: int | Int[Array, ""] = 0,
+        tap: Tap = OFF,
     ) -> tuple[Float[Array, "B T N V"], Float[Array, "B K F W"]]:
-        """T further positions (T = 1: decoding) at a cost that does not grow with the past."""
-        run = "recurrent" if q.shape[1] < 8 else None
-        out = self._attend(q, k, v, state, mask=Causal(), return_state=True, implementation=run)
+        """T further positions (T = 1: decoding) at a cost that does not grow with the past.
+
+        Raises:
+            InputError: a mask that says more than which keys exist.
+        """
+        B, T = q.shape[:2]
+        parts = causal_parts(mask or Causal(), B, length + jnp.arange(T), whole=False)
+        if parts is None:
+            raise InputError(f"mask {mask}: a state serves causal masks with padding, and no more")
+        allowed = Causal() if parts[0] is None else Causal() & Keys(parts[0])
+        out = self._attend(
+            q, k, v, state, mask=allowed, return_state=True, tap=tap,
+            implementation="recurrent" if T < 8 else None,
+        )  # fmt: skip
         assert isinstance(out, tuple)
         return out
 

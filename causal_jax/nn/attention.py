@@ -2,6 +2,9 @@
 
     q = rope(norm(x W_q)), k = rope(norm(x W_k)), v = x W_v, y = spec(q, k, v, mask) W_o
 
+A mechanism that streams has its own state for a cache, as large after a million positions as after
+one.
+
 Sites: `q` [B,T,N,H], `k`, `v` [B,T,K,H] (after norm and rotation: what is multiplied; not rotated
 where the mechanism places keys itself), and inside the mechanism `attn.mask`, `attn.bias`,
 `attn.scores`, `attn.pattern`, `attn.z`.
@@ -98,28 +101,40 @@ class Attention(nnx.Module):
         z = self.spec(q, k, v, mask=mask, tap=tap.scope("attn"), **self._placed(rotations))
         return self.o(z.reshape(*x.shape[:2], -1))
 
-    def init_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> KV:
-        """Zeros for `layers` stacked layers and `length` positions."""
+    def init_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> Any:
+        """For `layers` stacked layers and `length` positions: zeros, or states not yet written."""
+        if self.spec.streams:
+            state = self.spec.init_state(batch, self.kv_heads, self.head_dim)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (layers, *x.shape)), state)
         shape = (layers, batch, length, self.kv_heads, self.head_dim)
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def extend(
         self,
         x: Float[Array, "B T D"],
-        cache: KV,
+        cache: Any,
         layer: int | Int[Array, ""],
         *,
         length: Int[Array, ""],
         mask: masks.Mask,
         rotations: Rotations,
         tap: Tap = OFF,
-    ) -> tuple[Float[Array, "B T D"], KV]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Write T new positions into the cache of `layer` at `length`; attend to all written.
 
         Only the new positions are written: the stacked arrays travel as a loop's carry and are
         updated in place.
         """
         q, k, v = self._project(x, rotations, tap)
+        if self.spec.streams:
+            state = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, 0, False), cache)
+            z, state = self.spec.step(
+                q, k, v, state, mask=mask, length=length, tap=tap.scope("attn")
+            )
+            cache = jax.tree.map(
+                lambda c, s: jax.lax.dynamic_update_index_in_dim(c, s, layer, 0), cache, state
+            )
+            return self.o(z.reshape(*x.shape[:2], -1)), cache
         at = (layer, 0, length, 0, 0)
         cache = KV(
             jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
