@@ -11,11 +11,14 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import Tiny, compiled  # noqa: F401
 
+from causal_jax import masks
+from causal_jax.attention import dense_attention
+from causal_jax.attention._implementations import compiling_for
 from causal_jax.models.decoder import Decoder
 from causal_jax.plan import chips, flops, hlo
 from causal_jax.plan.__main__ import main
 from causal_jax.plan.estimate import _overflow, estimate
-from causal_jax.plan.programs import bytes_per_chip, mesh_of, serving, training_step
+from causal_jax.plan.programs import Traced, bytes_per_chip, mesh_of, serving, training_step
 from causal_jax.plan.search import candidates, search
 from causal_jax.training import state
 from causal_jax.training.optimizer import AdamW
@@ -86,6 +89,21 @@ def test_convolutions_kernels_and_shards():
         out_specs=PartitionSpec("data"),
     )  # fmt: skip
     assert flops.count(jax.make_jaxpr(f)(jnp.ones((16, 4)))).flops == 2 * 16 * 4 * 4
+
+
+def test_the_attention_kernels_say_what_they_cost():
+    def loss(q, k, v):
+        return dense_attention(q, k, v, mask=masks.Causal(), implementation="tpu").sum()
+
+    length, heads, width = 4096, 4, 128
+    q = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
+    with compiling_for("tpu"):
+        found = flops.count(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv))
+    assert (found.kernels, found.silent) == (3, 0)
+    # 2 products forward, 3 for dq, 4 for dk and dv; the diagonal's tiles are computed whole
+    pairs = heads * length * length / 2
+    assert 1.0 <= found.flops / (9 * 2 * width * pairs) <= 1.3
 
 
 def test_a_training_step_does_what_the_model_says(here):
@@ -223,6 +241,19 @@ def test_a_search_ranks_what_fits_first(here):
     steps = [sum(one.step) for _, one in found]
     assert len(found) == 2
     assert steps == sorted(steps)
+    said = []
+    assert len(search(recipe, here, 5, said.append, minutes=1e-9)) == 1
+    assert "minutes are used up after 1 compilations" in said[-1]
+
+
+def test_a_search_compiles_nothing_whose_arguments_do_not_fit(here, monkeypatch):
+    monkeypatch.setattr(Traced, "compile", lambda self: pytest.fail("compiled"))
+    recipe = _recipe(Tiny(vocab=64, width=16))
+    small = dataclasses.replace(here, chip=dataclasses.replace(here.chip, memory=16.0))
+    found = search(recipe, small, 2, lambda line: None)
+    assert found
+    assert not any(one.fits for _, one in found)
+    assert all("dominate" in one.advice[0] for _, one in found)
 
 
 def test_the_compilers_complaint_is_understood():
@@ -244,6 +275,10 @@ REFUSED = {
     "mesh word": (["--topology", "cpu:8", "--mesh", "rows=8"], ["'rows=8' is not AXIS=N"]),
     "batch": (["--topology", "cpu:8", "--batch", "12"], ["data.batch = 12 must be a multiple of"]),
     "limit": (["--topology", "cpu:8", "--search", "--limit", "0"], ["--limit must be at least 1"]),
+    "minutes": (
+        ["--topology", "cpu:8", "--search", "--minutes", "-1"],
+        ["--minutes must be above"],
+    ),
     "field": (["--topology", "cpu:8", "--config.stepz", "1"], ["did you mean config.steps?"]),
 }
 
@@ -306,3 +341,19 @@ def test_two_slices_are_crossed_by_data_alone(libtpu):
     one = estimate(program, recipe, target)
     assert one.fits
     assert any("between slices" in line for line in one.advice)
+
+
+@pytest.mark.slow
+def test_a_search_over_a_slice_nobody_here_has(libtpu, tmp_path, capsys):
+    out = tmp_path / "plan"
+    words = ["--config", SMOKE, "--topology", "v5e:2x4", "--search", "--limit", "4"]
+    assert main([*words, "--out", str(out)]) == 0
+    record = json.loads((out / "plan.json").read_text())
+    found = record["search"]
+    assert len(found) == 4
+    assert len({(f["mesh"], f["what"]) for f in found}) == 4
+    fits = [f["fits"] for f in found]
+    assert fits == sorted(fits, reverse=True)
+    assert record["programs"][0]["mesh"] == found[0]["mesh"]
+    assert "fits  peak GiB" in capsys.readouterr().out
+    assert (out / "plan.png").exists()

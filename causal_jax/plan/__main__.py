@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--serve", action="store_true", help="also prefill and decoding at data.context tokens")
     add("--search", action="store_true", help="try other meshes, remat and microbatches")
     add("--limit", type=int, default=6, help="compilations of a search (default 6)")
+    add("--minutes", type=float, default=30.0, help="and no longer than this (default 30)")
     add("--out", metavar="DIR", help="folder for plan.json and plan.png")
     return parser
 
@@ -72,6 +73,8 @@ def _plan(args: Any) -> int:
 
     if args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
+    if not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, got {args.minutes:g}")
     recipe = load(args)
     if args.mesh is not None:
         recipe = dataclasses.replace(recipe, mesh=_mesh(args.mesh, recipe.mesh))
@@ -81,11 +84,19 @@ def _plan(args: Any) -> int:
         )
     out = _folder(args.out)
     target = chips.target(args.topology, args.slices)
+    names = []
     record: dict[str, Any] = {"config": args.config, "assumed": ASSUMPTIONS}
     if args.search:
-        found = search(recipe, target, args.limit, lambda line: print(line, flush=True))
+        found = search(
+            recipe,
+            target,
+            args.limit,
+            lambda line: print(line, flush=True),
+            minutes=args.minutes,
+        )
         print(show.ranking(found))
         recipe, best = found[0]
+        names = [describe(r, e) for r, e in found[:6]]
         record["search"] = [{"what": describe(r, e)} | e.json() for r, e in found]
         estimates = [best]
     else:
@@ -101,7 +112,7 @@ def _plan(args: Any) -> int:
     if out is not None:
         (out / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
         shown = [e for _, e in found[:6]] if args.search else estimates
-        show.picture(shown, out / "plan.png")
+        show.picture(shown, out / "plan.png", names)
         print(f"written: {out / 'plan.json'}, {out / 'plan.png'}")
     bad = [e.name for e in estimates if not e.fits]
     if bad:

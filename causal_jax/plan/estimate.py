@@ -84,16 +84,7 @@ class Estimate:
 
 def estimate(program: Traced, recipe: Recipe, target: Target) -> Estimate:
     """Compile a program and read what it costs."""
-    begun = time.perf_counter()
-    chips = len(target.devices)
-    base: dict[str, Any] = {
-        "name": program.name,
-        "topology": target.name,
-        "chips": chips,
-        "mesh": _mesh_text(program, recipe, chips),
-        "parts": program.parts,
-        "capacity": int(target.chip.memory),
-    }
+    begun, base = time.perf_counter(), _base(program, recipe, target)
     try:
         compiled = program.compile()
     except Exception as e:  # the compiler's own type is not public
@@ -120,6 +111,26 @@ def estimate(program: Traced, recipe: Recipe, target: Target) -> Estimate:
         **base, **sizes, peak=peak, fits=fits, **speed, compile_seconds=took,
         advice=(*notes, *program.notes),
     )  # fmt: skip
+
+
+def without_compiling(program: Traced, recipe: Recipe, target: Target) -> Estimate | None:
+    """The estimate of a program whose arguments alone do not fit; None where they do."""
+    base, size = _base(program, recipe, target), sum(program.parts.values())
+    if size <= base["capacity"]:
+        return None
+    return _too_large(base, (size, base["capacity"]), program, recipe, 0.0)
+
+
+def _base(program: Traced, recipe: Recipe, target: Target) -> dict[str, Any]:
+    chips = len(target.devices)
+    return {
+        "name": program.name,
+        "topology": target.name,
+        "chips": chips,
+        "mesh": _mesh_text(program, recipe, chips),
+        "parts": program.parts,
+        "capacity": int(target.chip.memory),
+    }
 
 
 def _text(compiled: Any) -> str | None:

@@ -1,12 +1,14 @@
 """Other ways to spread a run over the same chips, compiled one by one and ranked."""
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator
 
 from causal_jax.bench.recipes import context
 from causal_jax.errors import InputError
 from causal_jax.plan.chips import Target
-from causal_jax.plan.estimate import Estimate, estimate
+from causal_jax.plan.estimate import Estimate, estimate, without_compiling
 from causal_jax.plan.programs import training_step
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.sharding import MeshSpec
@@ -42,27 +44,46 @@ def candidates(recipe: Recipe, chips: int) -> Iterator[Recipe]:
                     yield new
 
 
-def search(recipe: Recipe, target: Target, limit: int, say=print) -> list[tuple[Recipe, Estimate]]:
+def search(
+    recipe: Recipe, target: Target, limit: int, say=print, *, minutes: float = math.inf
+) -> list[tuple[Recipe, Estimate]]:
     """Compile up to `limit` candidates; those that fit come first, fastest first.
+
+    What would not fit by its arguments alone is not compiled and does not count.
+
+    Args:
+        recipe, target: what, and where.
+        limit: compilations.
+        say: gets a line per candidate.
+        minutes: no compilation is begun that would end later, were it as long as the longest yet.
 
     Raises:
         InputError: no mesh shares out the batch.
     """
     found: list[tuple[Recipe, Estimate]] = []
-    refused = None
+    refused, compiled, longest, begun = None, 0, 0.0, time.perf_counter()
     for new in candidates(recipe, len(target.devices)):
-        if len(found) == limit:
+        if compiled == limit:
             break
+        if compiled and time.perf_counter() - begun + longest > 60 * minutes:
+            say(f"{minutes:g} minutes are used up after {compiled} compilations (--minutes)")
+            break
+        before = time.perf_counter()
         try:
-            one = estimate(training_step(new, target), new, target)
+            program = training_step(new, target)
         except InputError as e:
             refused = e
             continue
+        one = without_compiling(program, new, target)
+        if one is None:
+            one = estimate(program, new, target)
+            compiled += 1
+            longest = max(longest, time.perf_counter() - before)
         found.append((new, one))
-        say(
-            f"{len(found)}/{limit}  {describe(new, one)}: "
-            + (f"step {1e3 * one.step[0]:.0f}-{1e3 * one.step[1]:.0f} ms" if one.fits else "no")
-        )
+        verdict = "does not fit"
+        if one.fits:
+            verdict = f"step {1e3 * one.step[0]:.3g}-{1e3 * one.step[1]:.3g} ms"
+        say(f"{compiled}/{limit}  {describe(new, one)}: {verdict}")
     if not found and refused is not None:
         raise refused
     return sorted(found, key=lambda f: (not f[1].fits, sum(f[1].step), f[1].peak))

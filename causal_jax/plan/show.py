@@ -64,10 +64,12 @@ def assumptions() -> str:
     return "assumed: " + "; ".join(ASSUMPTIONS)
 
 
-def picture(found: Sequence[Estimate], path: Path) -> None:
+def picture(found: Sequence[Estimate], path: Path, names: Sequence[str] = ()) -> None:
     """Bars: memory by term against what a chip has, and time by what bounds it."""
-    figure, (left, right) = panels(2, title=found[0].topology, width=5.5)
-    names = [f"{e.name}\n{e.mesh}".replace(" x ", "\n") for e in found]
+    figure, (left, right) = panels(2, title=found[0].topology, width=max(5.5, 1.1 * len(found)))
+    names = [n.replace(" x ", "\n").replace(", ", "\n") for n in names] or [
+        f"{e.name}\n{e.mesh}".replace(" x ", "\n") for e in found
+    ]
     kinds = list(dict.fromkeys(k for e in found for k in e.parts))
     _stack(
         left,

@@ -278,6 +278,7 @@ class Store:
             reason = storage_fault(e)
             if reason is None:
                 raise
+            _expect_late_answers()
             for path in self.folder.glob(f"{step}*{_UNFINISHED}"):
                 shutil.rmtree(path, ignore_errors=True)
             left = self.steps()
@@ -338,6 +339,17 @@ def storage_fault(error: BaseException | None) -> str | None:
             return "writing there is not allowed"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _expect_late_answers() -> None:
+    """Writes under way when one failed report to an event loop that is gone: say nothing of it."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -1,5 +1,6 @@
 #!/bin/bash
-# One process per node of a SLURM cluster; JAX finds the others through SLURM by itself.
+# One process per GPU of a SLURM cluster; JAX finds the others through SLURM by itself, and under
+# SLURM gives each process one device, that of its number on the node.
 #
 #     sbatch --nodes 4 configs/launch/slurm.sh configs/lm_1b.py --config.data.source.path "text/*.jsonl"
 #
@@ -7,9 +8,9 @@
 # SLURM sends SIGTERM: the step under way is saved, the job queues itself again and goes on.
 
 #SBATCH --job-name=causal_jax
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=32
+#SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue

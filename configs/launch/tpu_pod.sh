@@ -2,11 +2,12 @@
 # The same command on every host of a Cloud TPU slice; JAX finds the others through the metadata.
 #
 #     TPU=my-slice ZONE=us-west4-a configs/launch/tpu_pod.sh configs/lm_1b.py \
-#         --config.workdir gs://bucket/run
+#         --config.data.source.path "/mnt/data/*.jsonl" --config.workdir /mnt/runs/lm_1b
 #
 # Before paying for a slice: python -m causal_jax.plan --config configs/lm_1b.py --topology v5e:16x16
 # A preempted slice comes back empty: run this again, the run goes on from its newest checkpoint.
-# The run folder must be seen by all hosts (a mounted bucket or a network file system).
+# Text and run folder must be seen by all hosts under one path (a mounted bucket, a network file
+# system); gs:// itself is no path here.
 
 set -eu
 : "${TPU:?name of the slice}" "${ZONE:?its zone}"

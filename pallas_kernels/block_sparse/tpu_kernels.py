@@ -1,6 +1,7 @@
 """The bodies of the Mosaic TPU kernels: one step each of o, dq, and dk with dv. See `tpu.py`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -149,8 +150,29 @@ def _call(cfg, listed, kernel, grid, scalars, inputs, outputs, scratch, name):
         semantics=_SEMANTICS,
         interpret=cfg.interpret,
         name=name,
+        cost_estimate=_cost(cfg, listed, grid, inputs, out_shape, name),
     )
     return run(*scalars, *(x for _, x in inputs))
+
+
+# products of a tile over the width of keys, and of values
+_PRODUCTS = {"block_sparse_o": (1, 1), "block_sparse_dq": (2, 1), "block_sparse_dkv": (2, 2)}
+
+
+def _cost(cfg, listed, grid, inputs, outputs, name) -> pl.CostEstimate:
+    """Of all listed tiles (of a list made on the device: of its room, an upper bound)."""
+    of_keys, of_values = _PRODUCTS[name]
+    turns = grid[0] * grid[1] * listed.shape[2]
+    pairs = turns * cfg.block_q * cfg.block_k
+    width = of_keys * inputs[1][1].shape[3] + of_values * inputs[2][1].shape[3]
+    blocks = {"q": cfg.block_q, "k": cfg.block_k}  # the side that a turn brings in anew
+    inner = "q" if listed.by_keys else "k"
+    moved = sum(
+        turns * blocks[inner] * x.shape[3] * x.dtype.itemsize if side == inner else x.size * x.dtype.itemsize
+        for side, x in inputs
+    )
+    moved += sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)
+    return pl.CostEstimate(flops=2 * pairs * width, bytes_accessed=moved, transcendentals=pairs)
 
 
 def forward(cfg: Config, q, k, v, scalars, steps, vectors):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from causal_jax import config, evaluate, generate, train
 from causal_jax.plan.__main__ import main as plan
+from causal_jax.training import report
 from faults.runs import recipe_file
 
 FIELDS = [path for path, *_ in config.fields(config.load("configs/lm_1b.py:smoke"))]
@@ -91,12 +92,19 @@ def test_config_files_that_cannot_be(tmp_path, capsys, case):
     assert "Traceback" not in err
 
 
-def test_a_run_folder_is_a_config_and_a_damaged_one_is_named(tmp_path, capsys):
+def test_a_run_folder_is_a_config_and_a_damaged_one_is_named(tmp_path, capsys, monkeypatch):
     file, run = recipe_file(tmp_path), tmp_path / "run"
     assert train.main(["--config", file, "--config.workdir", str(run), "--config.steps=2"]) == 0
+    (start,) = report.read(run / "starts.jsonl")
+    assert (start["step"], start["seed"], start["processes"]) == (0, 0, 1)
+    assert {"jax", "orbax-checkpoint", "commit", "device", "command"} <= set(start)
     again = config.load(str(run))
     assert dataclasses.replace(again, steps=3).steps == 3
-    assert train.main(["--config", str(run), "--config.steps=3"]) == 0
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert train.main(["--config", str(run), "--config.steps=3", "--deterministic"]) == 0
+    *_, start = report.read(run / "starts.jsonl")
+    assert start["step"] == 2
+    assert "xla_gpu_deterministic_ops=true" in start["XLA_FLAGS"]
     (run / "config.json").write_text("{")
     capsys.readouterr()
     assert train.main(["--config", str(run)]) == 2
