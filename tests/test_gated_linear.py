@@ -74,10 +74,18 @@ def test_long_sequences_of_mild_and_of_strong_decay(scale):
     q, k, v, g = problem(scale, T=530, N=2, F=4, V=3)
     ids = jnp.asarray(np.arange(530)[None] // 301).repeat(2, 0).astype(jnp.int32)
     want, end = in_float64(q[:, 301:], k[:, 301:], v[:, 301:], g[:, 301:], jnp.zeros((2, 2, 4, 3)))
-    o, s = CHUNKED[64](q, k, v, g, jnp.zeros((2, 2, 4, 3)), ids)
+    zero = jnp.zeros((2, 2, 4, 3))
+    o, s = CHUNKED[64](q, k, v, g, zero, ids)
     size = np.abs(want).max()
     np.testing.assert_allclose(o[:, 301:] / size, want / size, atol=1e-5)
     np.testing.assert_allclose(s / size, end / size, atol=1e-5)
+    pull = (jnp.cos(jnp.arange(o.size)).reshape(o.shape), jnp.ones_like(s))
+
+    def back(form):
+        return jax.jit(lambda *a: jax.vjp(lambda *a: form(*a, ids), *a)[1](pull))(q, k, v, g, zero)
+
+    for a, b in zip(back(CHUNKED[64]), back(gated_linear_recurrent)):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])

@@ -4,17 +4,25 @@
 
 Between positions i >= j lies the decay exp(sum of g over j+1 .. i), which must never be split into
 exp(b_i) exp(-b_j): the second factor overflows. Here every exponent that is formed is a sum of some
-g, so at most 0. Blocks are joined in pairs, 8 -> 16 -> 32 -> 64: a row of the second block decays
-from the block's beginning (`since`), a column of the first to its end (`until`), and their product
-is a matrix product. Inside the smallest blocks the decays of all pairs are written out. Chunks of
-the final size then exchange their states, one after another. In long sequences whose chunks all
-decay by less than 20 nats (gates of trained models do), each chunk is one product instead.
+g, so at most 0. Blocks meet in pairs, 8 -> 16 -> 32 -> 64: a row of the second block decays from
+the block's beginning (`since`), a column of the first to its end (`until`), and their product is a
+matrix product. Inside the smallest blocks the decays of all pairs are written out. Chunks of the
+final size then exchange their states, one after another. In long sequences whose chunks all decay
+by less than 20 nats (gates of trained models do), each chunk is one product instead.
 
-Everything is float32; gradients are those of autodiff, the pairs of the smallest blocks recomputed.
+Everything is float32. Sums of products are written as einsums: as reductions XLA of jaxlib 0.10.2
+ends the process at larger sizes on a CPU (its library YNNPACK faults). The backward pass is written
+by hand and keeps the inputs only: products are made again, the gradient of the state goes back from
+chunk to chunk, and that of the gates is
+
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) in the chunk + sum_v S dS at its end
+
 arXiv 2312.06635 (section 4), with its secondary chunking as a binary tree.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,79 +65,41 @@ def gated_linear_chunked(
     (B, T, N, F), (K, V) = q.shape, v.shape[2:]
     while chunk // 2 >= max(T, SMALLEST):
         chunk //= 2
-    n, padding = -(-T // chunk), -T % chunk
+    padding = -T % chunk
 
-    def cut(x):  # [B, T, K, ...] -> float32 [B, K, T / 8, 8, ...]
+    def cut(x):  # [B, T, K, ...] -> float32 [B, K, n, chunk, ...]
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x, 1, 2).reshape(B, K, -1, SMALLEST, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(B, K, -1, chunk, *x.shape[3:])
 
-    q, k, v, g = cut(q.reshape(B, T, K, N // K, F)), cut(k), cut(v), cut(g)
     if document is not None:
         document = jnp.pad(document, ((0, 0), (0, padding)), mode="edge")
-    docs = None if document is None else document.reshape(B, 1, -1, SMALLEST)
-
-    def joined():
-        o = jax.checkpoint(_pairs)(q, k, v, g, docs)
-        return _join(q, k, v, o, jnp.cumsum(g, 3), _until(g), docs, chunk)
-
-    def at_once():
-        blocks = [_blocks(x, chunk) for x in (q, k, v, g)]
-        return _at_once(*blocks, docs=docs)
-
-    if T < AT_ONCE:  # not worth compiling both
-        parts = joined()
-    else:
-        mild = _blocks(g, chunk).sum(3).min() > -MILD
-        parts = lax.cond(mild, at_once, joined)
-
-    def whole(x):  # [B, K, blocks, size, ...] -> [n, B, K, chunk, ...]
-        return jnp.moveaxis(_blocks(x, chunk), 2, 0)
-
-    o, since, until = parts
-    q, k, v, since, until = (whole(x) for x in (q, k, v, since, until))
-    decay = jnp.exp(since[..., -1, :])
-    reads, writes = q * jnp.exp(since)[..., None, :], k * jnp.exp(until)
-    if document is not None:
-        docs = jnp.moveaxis(document.reshape(B, n, chunk), 1, 0)
-        last = docs[..., -1]
-        before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-        same = (docs == before[..., None])[:, :, None, :, None, None]
-        reads = jnp.where(same, reads, 0)
-        writes = jnp.where((docs == last[..., None])[:, :, None, :, None], writes, 0)
-        decay = jnp.where((last == before)[:, :, None, None], decay, 0)
-    new = _einsum("nbkcf,nbkcv->nbkfv", writes, v)
-
-    def step(state, xs):
-        decay, new = xs
-        return decay[..., None] * state + new, state
-
-    state, states = lax.scan(step, state.astype(jnp.float32), (decay, new))
-    o = whole(o) + _einsum("nbkcgf,nbkfv->nbkcgv", reads, states)
-    o = o.transpose(1, 0, 3, 2, 4, 5).reshape(B, n * chunk, N, V)
+        document = document.astype(jnp.int32).reshape(B, 1, -1, chunk)
+    o, state = _attend(
+        cut(q.reshape(B, T, K, N // K, F)), cut(k), cut(v), cut(g), state.astype(jnp.float32),
+        document,
+    )  # fmt: skip
+    o = o.transpose(0, 2, 3, 1, 4, 5).reshape(B, T + padding, N, V)
     return o[:, :T], state
 
 
-def _blocks(x, size):
-    """[B, K, blocks, c, ...] -> [B, K, blocks', size, ...]."""
-    return x.reshape(*x.shape[:2], -1, size, *x.shape[4:])
+class _Ends(NamedTuple):
+    """What a chunk has to do with those around it, [B, K, n, C, F] and [B, K, n, F]."""
+
+    reads: jax.Array  # what a query sees of the state before
+    writes: jax.Array  # what of a key is left in the state after
+    decay: jax.Array  # what of the state before
 
 
-def _at_once(q, k, v, g, docs):
-    """o, since and until of whole chunks whose gates close so little that the decay may be split.
-
-    Rows decay from the middle of the chunk, columns to it: both factors stay within exp(20).
-    """
-    b, size = jnp.cumsum(g, 3), g.shape[3]
-    middle = b[..., size // 2, :][..., None, :]
-    rows, columns = q * jnp.exp(b - middle)[..., None, :], k * jnp.exp(middle - b)
-    w = _einsum("bkmigf,bkmjf->bkmigj", rows, columns)
-    i = jnp.arange(size)
-    seen = (i[:, None] >= i[None])[None, None, None]
+def _ends(g, docs) -> _Ends:
+    reads, writes = jnp.exp(jnp.cumsum(g, 3)), jnp.exp(_until(g))
+    decay = reads[..., -1, :]
     if docs is not None:
-        docs = _blocks(docs, size)
-        seen = seen & (docs[..., :, None] == docs[..., None, :])
-    w = jnp.where(seen[:, :, :, :, None], w, 0)
-    return _einsum("bkmigj,bkmjv->bkmigv", w, v), b, _until(g)
+        last = docs[..., -1:]
+        before = jnp.pad(last[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        reads = jnp.where((docs == before)[..., None], reads, 0)
+        writes = jnp.where((docs == last)[..., None], writes, 0)
+        decay = jnp.where(last == before, decay, 0)
+    return _Ends(reads, writes, decay)
 
 
 def _until(g):
@@ -138,44 +108,167 @@ def _until(g):
     return lax.cumsum(later, axis=g.ndim - 2, reverse=True)
 
 
-def _pairs(q, k, v, g, docs):
-    """o of the smallest blocks alone, every pair with its own decay: [B, K, m, c, G, V]."""
-    b, i = jnp.cumsum(g, 3), jnp.arange(SMALLEST)
+def _states(ends: _Ends, k, v, state) -> tuple[jax.Array, jax.Array]:
+    """The states before the chunks [n, B, K, F, V], and that after the last."""
+    new = _einsum("bkncf,bkncv->nbkfv", k * ends.writes, v)
+
+    def step(state, xs):
+        decay, new = xs
+        return decay[..., None] * state + new, state
+
+    end, before = lax.scan(step, state, (jnp.moveaxis(ends.decay, 2, 0), new))
+    return before, end
+
+
+def _inside(g, run: Callable[[Callable], Any]) -> Any:
+    """`run(pairs)` with the cheapest way to go through the pairs of a chunk."""
+    if g.shape[2] * g.shape[3] < AT_ONCE:  # not worth compiling both
+        return run(_tree)
+    mild = g.sum(3).min() > -MILD
+    return lax.cond(mild, lambda: run(_at_once), lambda: run(_tree))
+
+
+@jax.custom_vjp
+def _attend(q, k, v, g, state, docs):
+    """o [B, K, n, C, G, V] and the last state; q [B, K, n, C, G, F]."""
+    ends = _ends(g, docs)
+    before, end = _states(ends, k, v, state)
+    o = _inside(g, lambda pairs: pairs(q, k, v, g, docs))
+    return o + _einsum("bkncgf,nbkfv->bkncgv", q * ends.reads[..., None, :], before), end
+
+
+def _attend_fwd(*args):
+    return _attend(*args), args
+
+
+def _attend_bwd(saved, grads):
+    (q, k, v, g, state, docs), (do, dend) = saved, grads
+    ends = _ends(g, docs)
+    before, end = _states(ends, k, v, state)
+    reads = ends.reads[..., None, :]
+    new = _einsum("bkncgf,bkncgv->nbkfv", q * reads, do)
+
+    def step(after, xs):
+        decay, new = xs
+        return decay[..., None] * after + new, after
+
+    dstate, after = lax.scan(step, dend, (jnp.moveaxis(ends.decay, 2, 0), new), reverse=True)
+    dq, dk, dv = _inside(g, lambda pairs: pairs(q, k, v, g, docs, do))
+    dq = dq + reads * _einsum("bkncgv,nbkfv->bkncgf", do, before)
+    dk = dk + ends.writes * _einsum("bkncv,nbkfv->bkncf", v, after)
+    dv = dv + _einsum("bkncf,nbkfv->bkncv", k * ends.writes, after)
+    tail = _einsum("nbkfv,nbkfv->nbkf", jnp.concatenate([before[1:], end[None]]), after)
+    moved = _einsum("bkncgf,bkncgf->bkncf", q, dq) - k * dk
+    dg = lax.cumsum(moved, axis=3, reverse=True)
+    dg = dg + jnp.moveaxis(tail, 0, 2)[..., None, :]
+    return dq, dk, dv, dg, dstate, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _products(rows, columns, seen, v, do=None):
+    """Weights of one kind of pairs at work: o of the rows, or gradients of rows, columns and v.
+
+    Args:
+        rows, columns: decayed queries [B, K, m, i, G, F] and keys [B, K, m, j, F].
+        seen: which pairs there are, [B|1, 1, m|1, i, j]; None: all.
+        v: of the columns; do: of the rows.
+    """
+    seen = None if seen is None else seen[:, :, :, :, None]
+    only = lambda x: x if seen is None else jnp.where(seen, x, 0)  # noqa: E731
+    w = only(_einsum("bkmigf,bkmjf->bkmigj", rows, columns))
+    if do is None:
+        return _einsum("bkmigj,bkmjv->bkmigv", w, v)
+    dw = only(_einsum("bkmigv,bkmjv->bkmigj", do, v))
+    return (
+        _einsum("bkmigj,bkmjf->bkmigf", dw, columns),
+        _einsum("bkmigj,bkmigf->bkmjf", dw, rows),
+        _einsum("bkmigj,bkmigv->bkmjv", w, do),
+    )
+
+
+def _at_once(q, k, v, g, docs, do=None):
+    """All pairs of chunks whose gates close so little that the decay may be split.
+
+    Rows decay from the middle of the chunk, columns to it: both factors stay within exp(20).
+    """
+    b, size = jnp.cumsum(g, 3), g.shape[3]
+    up = jnp.exp(b - b[..., size // 2, :][..., None, :])
+    down = 1 / up
+    i = jnp.arange(size)
     seen = (i[:, None] >= i[None])[None, None, None]
     if docs is not None:
         seen = seen & (docs[..., :, None] == docs[..., None, :])
-    # the mask is put on the exponent: exp of a masked one could be inf, its gradient NaN
-    decay = jnp.where(seen[..., None], b[..., :, None, :] - b[..., None, :, :], -jnp.inf)
-    keys = k[..., None, :, :] * jnp.exp(decay)
-    w = jnp.sum(q[..., :, None, :, :] * keys[..., None, :], -1)  # [B, K, m, i, j, G]
-    return _einsum("bkmijg,bkmjv->bkmigv", w, v)
+    found = _products(q * up[..., None, :], k * down, seen, v, do)
+    if do is None:
+        return found
+    rows, columns, dv = found
+    return rows * up[..., None, :], columns * down, dv
 
 
-def _join(q, k, v, o, since, until, docs, chunk):
-    """Join blocks in pairs until they have `chunk` positions."""
-    size = SMALLEST
-    while size < chunk:
-
-        def halves(x, size=size):
-            x = x.reshape(*x.shape[:2], -1, 2, size, *x.shape[4:])
-            return x[:, :, :, 0], x[:, :, :, 1]
-
-        (_, q2), (k1, _), (v1, _), (o1, o2) = (halves(x) for x in (q, k, v, o))
-        (since1, since2), (until1, until2) = halves(since), halves(until)
-        rows, columns = q2 * jnp.exp(since2)[..., None, :], k1 * jnp.exp(until1)
-        w = _einsum("bkmigf,bkmjf->bkmigj", rows, columns)
-        if docs is not None:
-            d1, d2 = halves(docs)
-            w = jnp.where((d2[..., :, None] == d1[..., None, :])[:, :, :, :, None], w, 0)
-        o2 = o2 + _einsum("bkmigj,bkmjv->bkmigv", w, v1)
-        first = since1[..., -1:, :]
-        second = since2[..., -1:, :]
-        joined = ((o1, o2), (since1, since2 + first), (until1 + second, until2))
+def _tree(q, k, v, g, docs, do=None):
+    """All pairs, block by block: the smallest with every decay, then halves of larger ones."""
+    size, out = SMALLEST, _smallest(q, k, v, g, docs, do)
+    while size < g.shape[3]:
+        out = jax.tree.map(jnp.add, out, _halves(q, k, v, g, docs, do, size))
         size *= 2
+    return out
 
-        def both(pair, size=size):
-            x = jnp.stack(pair, 3)
-            return x.reshape(*x.shape[:3], size, *x.shape[5:])
 
-        o, since, until = (both(pair) for pair in joined)
-    return o, since, until
+def _blocks(x, size):
+    """[B, K, n, C, ...] -> [B, K, n C / size, size, ...]."""
+    return x.reshape(*x.shape[:2], -1, size, *x.shape[4:])
+
+
+def _smallest(q, k, v, g, docs, do):
+    """The pairs within blocks of 8, each with its own decay."""
+    o = (*q.shape[:-1], v.shape[-1])
+    shapes = [o] if do is None else [x.shape for x in (q, k, v)]
+    q, k, v, g = (_blocks(x, SMALLEST) for x in (q, k, v, g))
+    b, i = jnp.cumsum(g, 3), jnp.arange(SMALLEST)
+    seen = (i[:, None] >= i[None])[None, None, None]
+    if docs is not None:
+        docs = _blocks(docs, SMALLEST)
+        seen = seen & (docs[..., :, None] == docs[..., None, :])
+    decay = jnp.exp(jnp.where(seen[..., None], b[..., :, None, :] - b[..., None, :, :], -jnp.inf))
+    keys = k[..., None, :, :] * decay  # [B, K, m, i, j, F]
+    w = _einsum("bkmigf,bkmijf->bkmijg", q, keys)
+    if do is None:
+        out = (_einsum("bkmijg,bkmjv->bkmigv", w, v),)
+    else:
+        do = _blocks(do, SMALLEST)
+        dw = _einsum("bkmigv,bkmjv->bkmijg", do, v)
+        back = _einsum("bkmijg,bkmigf->bkmijf", dw, q) * decay
+        out = (
+            _einsum("bkmijg,bkmijf->bkmigf", dw, keys),
+            functools.reduce(jnp.add, (back[:, :, :, i] for i in range(SMALLEST))),
+            _einsum("bkmijg,bkmigv->bkmjv", w, do),
+        )
+    out = tuple(x.reshape(shape) for x, shape in zip(out, shapes))
+    return out[0] if do is None else out
+
+
+def _halves(q, k, v, g, docs, do, size):
+    """The pairs of a query in the second half of a block of 2 `size`, a key in the first."""
+
+    def halves(x):
+        x = x.reshape(*x.shape[:2], -1, 2, size, *x.shape[4:])
+        return x[:, :, :, 0], x[:, :, :, 1]
+
+    def placed(x, half: int, shape):
+        zero = jnp.zeros_like(x)
+        return jnp.stack((zero, x) if half else (x, zero), 3).reshape(shape)
+
+    (_, q2), (k1, _), (v1, _), (g1, g2) = (halves(x) for x in (q, k, v, g))
+    since, until = jnp.exp(jnp.cumsum(g2, 3))[..., None, :], jnp.exp(_until(g1))
+    seen = None
+    if docs is not None:
+        d1, d2 = halves(docs)
+        seen = d2[..., :, None] == d1[..., None, :]
+    if do is None:
+        o = _products(q2 * since, k1 * until, seen, v1)
+        return placed(o, 1, (*q.shape[:-1], v.shape[-1]))
+    rows, columns, dv = _products(q2 * since, k1 * until, seen, v1, halves(do)[1])
+    parts = ((rows * since, 1, q), (columns * until, 0, k), (dv, 0, v))
+    return tuple(placed(x, half, like.shape) for x, half, like in parts)
