@@ -21,7 +21,7 @@ from dense_problems import (  # noqa: F401
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from causal_jax.attention import compiling_for, dense_attention
+from causal_jax.attention import choose, compiling_for, dense_attention
 from causal_jax.bench import main as bench
 from causal_jax.masks import Causal, Documents, Window, from_fn
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention
@@ -191,11 +191,58 @@ def test_the_form_for_accelerators(name, dtype, small_tiles):
     jax.tree.map(functools.partial(close, tol=tol), ours, theirs)
 
 
-def test_pairs_of_tiles_begin_anywhere():
+def alibi(slopes, s, b, h, i, j):
+    return s - slopes[b * 0, h] * jnp.abs(i - j)
+
+
+@pytest.mark.parametrize(("name", "q_offset"), [("none", 0), ("streaming", 4), ("per_head", 0)])
+def test_score_modifications(name, q_offset, small_tiles):
+    q, k, v = qkv(Hv=6)
+    do, dlse, slopes = arrays((2, 37, 4, 6), (2, 37, 4), (1, 4))
+
+    def run(q, k, v, slopes, implementation):
+        return dense_attention(
+            q, k, v, mask=MASKS[name], score_mod=jax.tree_util.Partial(alibi, slopes),
+            soft_cap=2.0, q_offset=q_offset, return_lse=True, implementation=implementation,
+        )  # fmt: skip
+
+    def graded(implementation):
+        f = jax.jit(lambda *args: run(*args, implementation))
+        (o, lse), pull = jax.vjp(f, q, k, v, slopes)
+        return o, lse, pull((do, jnp.where(lse == -jnp.inf, 0, dlse)))
+
+    ours, theirs = graded("xla"), graded("reference")
+    jax.tree.map(functools.partial(close, tol=5e-5), ours, theirs)
+    i, j = jnp.ogrid[q_offset : q_offset + 37, :45]
+    bias = -slopes[0, :, None, None] * jnp.abs(i - j)[None]
+    same = dense_attention(
+        q, k, v, mask=MASKS[name], bias=bias[None], soft_cap=2.0, q_offset=q_offset
+    )
+    close(ours[0], same)
+    one = dense_attention(  # the form for few queries
+        q[:, -1:], k, v, q_offset=36, score_mod=lambda s, b, h, i, j: alibi(slopes, s, b, h, i, j)
+    )
+    bias = -slopes[:, :, None, None] * jnp.abs(36 - j)[None, None]
+    close(one, dense_attention(q[:, -1:], k, v, bias=bias))
+
+
+def test_score_modifications_are_never_dropped():
+    q, k, v = qkv(H=64, Hv=64, dtype=jnp.bfloat16)
+    for platform, name in (("tpu", "tpu"), ("gpu", "gpu"), ("gpu", "cudnn")):
+        with pytest.raises(NotImplementedError, match=f"{name}: it has no score_mod"):
+            choose(q, k, v, score_mod=alibi, platform=platform, implementation=name)
+
+
+def test_wide_tiles_begin_anywhere():
     grid = np.array([[0, 1, 2, 2, 2, 0, 0, 1], [2, 2, 0, 0, 1, 0, 2, 2], [0] * 8], np.int8)
-    full, count, idx = (x[0, 0].tolist() for x in Schedule.paired(grid[None, None]))
+    full, count, idx = (x[0, 0].tolist() for x in Schedule.spanned(grid[None, None], 2))
     assert (full, count) == ([1, 2, 0], [3, 3, 0])
-    assert [idx[0], idx[1]] == [[3, 1, 7], [0, 6, 4]]  # the last may hang over: never full
+    assert [idx[0], idx[1]] == [[3, 1, 7], [0, 6, 4]]  # one that hangs over is not full
+    full, count, idx = (x[0, 0].tolist() for x in Schedule.spanned(grid[None, None], 3))
+    assert (full, count) == ([0, 0, 0], [3, 3, 0])
+    assert [idx[0], idx[1]] == [[1, 4, 7], [0, 4, 7]]
+    assert Schedule.span(grid[None, None]) == 8
+    assert Schedule.span(grid[None, None, :1, 1:5]) == 4
 
 
 def test_explain_says_what_serves_and_why(capsys):

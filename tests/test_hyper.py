@@ -11,7 +11,7 @@ import pytest
 
 from causal_jax.attention import attention, dense_attention
 from causal_jax.attention._lsh import angular_lsh, lsh_rank, ordered
-from causal_jax.attention.hyper import HyperAttention, hyper_attention
+from causal_jax.attention.hyper import HyperAttention, approx_d_reference, hyper_attention
 from causal_jax.errors import InputError
 from causal_jax.masks import Causal, Documents, Prefix, Window
 
@@ -310,3 +310,26 @@ def test_planted_match_table():
     best = np.minimum(errors["blocks alone"], errors["samples alone"])
     assert np.all(errors["hyper"] <= np.array([0.75, 0.75, 0.80]) * best)
     assert np.all(errors["doubled"] < errors["hyper"])
+
+
+def test_the_theory_s_denominators():
+    q, k = (x[0, :, 0] * 0.5 for x in qkv(T=48, S=64, H=4)[:2])
+    mask = (jnp.arange(48)[:, None] // 12) == (jnp.arange(64)[None] // 16)
+    a = np.exp(np.asarray(q, np.float64) @ np.asarray(k, np.float64).T)
+    exact, inside = a.sum(1), np.where(mask, a, 0).sum(1)
+    run = jax.jit(approx_d_reference, static_argnums=(3, 4, 5))
+    close(run(q, k, jnp.ones_like(mask), 8, 4.0, 0.5, KEY), exact, 1e-4)  # nothing is estimated
+    free = jax.vmap(lambda key: run(q, k, mask, 16, 1e9, float("inf"), key))
+    drawn = np.asarray(free(jax.random.split(KEY, 512)))
+    assert abs((drawn / exact).mean() - 1) < 0.02  # unbiased
+    # m = T looks at all rows: the floor is the heaviest unmasked row over kappa
+    floored = run(q, k, mask, 48, 1.0, 1e-6, KEY)
+    close(floored, inside + (exact - inside).max(), 1e-4)
+    kappa = float((exact - inside).max() / (exact - inside).min())
+    capped = run(q, k, mask, 16, kappa, 0.5, KEY)
+    assert (capped <= run(q, k, mask, 16, kappa, float("inf"), KEY) + 1e-4).all()
+    assert (capped >= inside - 1e-4).all()
+    with pytest.raises(InputError, match=r"kappa=0\.5"):
+        approx_d_reference(q, k, mask, 16, 0.5, 0.5, KEY)
+    with pytest.raises(InputError, match="expected"):
+        approx_d_reference(q, k, mask.T, 16, 2.0, 0.5, KEY)

@@ -105,6 +105,6 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="one type"):
         tpu(x._replace(v=x.v.astype(jnp.bfloat16)), 1.0)
     q = jnp.zeros((1, 64, 2, 8))
-    for name, reason in (("tpu", "it needs a TPU"), ("gpu", "no kernel for GPUs")):
+    for name, reason in (("tpu", "it needs a TPU"), ("gpu", "it needs a GPU")):
         with pytest.raises(NotImplementedError, match=reason):
             hyper_attention(q, q, q, key=jax.random.key(0), min_seq_len=8, implementation=name)

@@ -35,12 +35,13 @@ def graded(attend, q, k, v, do, dlse):
     return o, lse, pull((do, jnp.where(lse == -jnp.inf, 0, dlse)))
 
 
-def kernel(q, k, v, mask, interpret):
-    tiles = gpu.legal_tiles(Tiles(64, 64))
+def kernel(q, k, v, mask, interpret, ring=False):
+    tiles = gpu.legal_tiles(Tiles(64, 64), ring)
     live = mask.block_map(q.shape[1], k.shape[1], tiles.block_q, tiles.block_k)
     return gpu.block_sparse_attention(
         q, k, v, mask, live.tiles(), scale=0.125, soft_cap=4.0, sinks=jnp.array([0.5, -jnp.inf]),
         tiles=Tiles(64, 64), apart=(mask.batch, mask.heads), interpret=interpret,
+        ring=ring,
     )  # fmt: skip
 
 
@@ -52,11 +53,13 @@ def reference(q, k, v, mask):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, ring):
     args = arrays()
     mask = MASKS[name]
-    ours = graded(functools.partial(kernel, mask=mask, interpret=_testing.gpu_interpreter()), *args)
+    run = functools.partial(kernel, mask=mask, interpret=_testing.gpu_interpreter(), ring=ring)
+    ours = graded(run, *args)
     exact = [x.astype(jnp.float32) for x in args]
     theirs = jax.jit(lambda *a: graded(functools.partial(reference, mask=mask), *a))(*exact)
     half = jax.jit(lambda *a: graded(functools.partial(reference, mask=mask), *a))(*args)
@@ -69,12 +72,13 @@ def test_values_and_gradients(name):
         assert np.abs(a - b).max() <= 2 * np.abs(c - b).max() + 2e-2 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize(
     "name", [n if n == "documents" else pytest.param(n, marks=pytest.mark.slow) for n in MASKS]
 )
-def test_lowers_for_cuda(name):
+def test_lowers_for_cuda(name, ring):
     def f(*args):
-        attend = functools.partial(kernel, mask=MASKS[name], interpret=False)
+        attend = functools.partial(kernel, mask=MASKS[name], interpret=False, ring=ring)
         return graded(attend, *args)
 
     text = _testing.lower_for_gpu(f, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays()))

@@ -62,8 +62,9 @@ def solve(q, k, v, where: Where, mask: Mask, proj, key, cfg: Settings):
     keys = jnp.pad(by_rank, ((0, 0), (0, M * b - s)), constant_values=s)
     k, v = (_move(x, keys, back).reshape(P, M, b, -1) for x in (k, v))
     bias = _take(bias, keys, -jnp.inf).reshape(P, M, b)
+    used = None
     if cfg.strict:
-        slot, block, Q = _pointed(rank_q, jnp.take_along_axis(rank_k, by_rank, 1), b, M, n)
+        slot, block, Q, used = _pointed(rank_q, jnp.take_along_axis(rank_k, by_rank, 1), b, M, n)
     else:
         Q = -(-n * G // M)
         block = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[None], (P, M))
@@ -97,6 +98,7 @@ def solve(q, k, v, where: Where, mask: Mask, proj, key, cfg: Settings):
         bias_sample=jnp.take_along_axis(bias.reshape(P, -1), drawn, 1) + math.log(s / max(m, 1)),
         mask=mask if masked else None,
         places=places,
+        used=used,
     )
     o, lse = _run(problem, cfg)
     o = _move(o.reshape(P, -1, o.shape[-1]), slot, rows)
@@ -111,6 +113,10 @@ def _run(problem: kernels.Problem, cfg: Settings):
         if target() != "tpu":
             raise NotImplementedError(f"tpu: it needs a TPU, this is {target()}")
         return kernels.tpu(problem, cfg.scale)
+    if cfg.implementation == "gpu":
+        if target() not in ("gpu", "cuda"):
+            raise NotImplementedError(f"gpu: it needs a GPU, this is {target()}")
+        return kernels.gpu(problem, cfg.scale)
     on_cpu = target() == "cpu"
     return kernels.xla(problem, cfg.scale, entries=2**19 if on_cpu else 0, upcast=on_cpu)
 
@@ -155,7 +161,8 @@ def _pointed(rank_q, sorted_k, b: int, M: int, n: int):
     Tiles of Q queries belong to one block; a block has as many as it needs, at most C in all.
 
     Returns:
-        slot [P, n G] of every query among the C Q, block [P, C] of every tile, Q.
+        slot [P, n G] of every query among the C Q, block [P, C] of every tile, Q, and how many
+        tiles hold queries [P].
     """
     count, s = rank_q.shape[1], sorted_k.shape[1]
     Q = min(128, b)
@@ -176,7 +183,7 @@ def _pointed(rank_q, sorted_k, b: int, M: int, n: int):
     at = at + Q * jnp.take_along_axis(end - tiles, sorted_to, 1)
     slot = jax.vmap(lambda order, x: jnp.zeros(count, jnp.int32).at[order].set(x))(by_block, at)
     block = jax.vmap(lambda e: jnp.searchsorted(e, jnp.arange(C), side="right"))(end)
-    return slot, jnp.minimum(block, M - 1).astype(jnp.int32), Q
+    return slot, jnp.minimum(block, M - 1).astype(jnp.int32), Q, end[:, -1]
 
 
 def _inverse(index, size: int):

@@ -62,6 +62,7 @@ def choose(
     mask: Any = None,
     bias: Any = None,
     soft_cap: float | None = None,
+    score_mod: Any = None,
     sinks: Any = None,
     q_offset: Any = 0,
     kv_length: Any = None,
@@ -81,8 +82,8 @@ def choose(
     """
     platform = platform or target()
     refused = refusals(
-        q, k, v, mask=mask, bias=bias, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset,
-        kv_length=kv_length, return_lse=return_lse, tap=tap, platform=platform,
+        q, k, v, mask=mask, bias=bias, soft_cap=soft_cap, score_mod=score_mod, sinks=sinks,
+        q_offset=q_offset, kv_length=kv_length, return_lse=return_lse, tap=tap, platform=platform,
     )  # fmt: skip
     if implementation is not None:
         if implementation not in refused:
@@ -114,6 +115,7 @@ def refusals(
     mask: Any = None,
     bias: Any = None,
     soft_cap: float | None = None,
+    score_mod: Any = None,
     sinks: Any = None,
     q_offset: Any = 0,
     kv_length: Any = None,
@@ -127,14 +129,15 @@ def refusals(
         mask = mask & Prefix(kv_length)
     site = next((s for s in ("scores", "pattern") if tap.wants(s)), None)
     lost = f"site {site!r} needs all scores at once: only 'reference' has them" if site else None
-    fused = lost or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
+    mod = "it has no score_mod" if score_mod is not None else None
+    fused = lost or mod or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
     return {
         "reference": None,
         "xla": lost,
         "cudnn": fused or _cudnn_refusal(q, k, v, bias, soft_cap, platform),
         "tokamax": fused or _tokamax_refusal(bias, soft_cap, platform),
-        "tpu": lost or _own_refusal("tpu", bias, platform) or tpu.refusal(q, k, v),
-        "gpu": lost or _own_refusal("gpu", bias, platform) or gpu.refusal(q, k, v),
+        "tpu": lost or mod or _own_refusal("tpu", bias, platform) or tpu.refusal(q, k, v),
+        "gpu": lost or mod or _own_refusal("gpu", bias, platform) or gpu.refusal(q, k, v),
     }
 
 

@@ -10,14 +10,14 @@ from causal_jax.taps import OFF
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap=OFF):
+def reference(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset, tap=OFF):
     """The formula of `dense_attention` in float32 or wider: (o [B,T,N,H'], lse [B,T,N])."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G, dtype = N // K, v.dtype
     allowed = mask.to_dense(T, S, q_offset=q_offset)
     (q, bad_q), (k, bad_k), (v, bad_v) = (_finite(x.astype(_wide(x))) for x in (q, k, v))
     s = _einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, G, H), k) * scale
-    s = _modify(s.reshape(B, N, T, S), bias, soft_cap)
+    s = _modify(s.reshape(B, N, T, S), bias, soft_cap, score_mod, q_offset)
     s = _with_bad(s, bad_q, bad_k + bad_v)
     p, lse = _softmax(tap("scores", s), allowed, sinks)
     p = tap("pattern", p)
@@ -25,7 +25,7 @@ def reference(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset, tap=OFF)
     return o.reshape(B, T, N, -1).astype(dtype), lse
 
 
-def few_queries(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
+def few_queries(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
     """The same without moving keys and values, whose copies cost more than the products on a CPU.
 
     The K heads of one position lie side by side in memory, so [S, K H] is a matrix as it is. It is
@@ -43,7 +43,8 @@ def few_queries(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
         "bsd,bdn->bsn", k.reshape(B, S, K * H), spread, preferred_element_type=_wide(q)
     )
     s = raw.transpose(0, 2, 1).reshape(B, T, N, S).transpose(0, 2, 1, 3) * scale
-    p, lse = _softmax(_modify(s, bias, soft_cap), mask.to_dense(T, S, q_offset=q_offset), sinks)
+    s = _modify(s, bias, soft_cap, score_mod, q_offset)
+    p, lse = _softmax(s, mask.to_dense(T, S, q_offset=q_offset), sinks)
     p = p.transpose(0, 2, 1, 3).reshape(B, T * N, S).astype(v.dtype)
     o = jnp.einsum(
         "bns,bsd->bnd", p, v.reshape(B, S, K * Hv), preferred_element_type=_wide(q)
@@ -51,6 +52,7 @@ def few_queries(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     o = jnp.einsum("btkglh,kl->btkgh", o, own.astype(o.dtype)).reshape(B, T, N, Hv)
     fine = jnp.isfinite(raw).all() & jnp.isfinite(o).all()
     rest = {"bias": bias, "scale": scale, "soft_cap": soft_cap, "sinks": sinks}
+    rest["score_mod"] = score_mod
     return jax.lax.cond(
         fine,
         lambda: (o.astype(v.dtype), lse),
@@ -78,10 +80,15 @@ def _with_bad(s, bad_q, bad_keys):
     return s + jnp.repeat(bad_keys.transpose(0, 2, 1), group, axis=1)[:, :, None]
 
 
-def _modify(s, bias, soft_cap):
+def _modify(s, bias, soft_cap, score_mod=None, q_offset=0):
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
-    return s if bias is None else s + bias.astype(s.dtype)
+    s = s if bias is None else s + bias.astype(s.dtype)
+    if score_mod is None:
+        return s
+    b, h, i, j = jnp.ogrid[tuple(slice(n) for n in s.shape)]
+    i = i + jnp.asarray(q_offset, jnp.int32).reshape(-1, 1, 1, 1)
+    return score_mod(s, b, h, i, j).astype(s.dtype)
 
 
 def _softmax(s, allowed, sinks):

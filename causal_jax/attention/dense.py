@@ -1,6 +1,7 @@
 """Exact softmax attention under any mask.
 
     s_ij  = cap(scale q_i . k_j) + bias_ij       cap(x) = soft_cap tanh(x / soft_cap), if set
+            and then score_mod(s_ij, b, h, i, j), if set
     p_ij  = exp(s_ij - lse_i) where the mask allows j, else 0
     lse_i = log( sum_allowed exp(s_ij) [+ exp(sinks_h)] )
     o_i   = sum_j p_ij v_j
@@ -20,6 +21,7 @@ Deviation: none. Papers: Attention Is All You Need, arXiv 1706.03762; online sof
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -42,6 +44,8 @@ from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention, gpu, tpu
 
+NARROW = 1024  # keys per query up to which small tiles are considered
+
 
 def dense_attention(
     q: Float[Array, "B T N H"],
@@ -52,6 +56,7 @@ def dense_attention(
     bias: Float[Array, "#B #N T S"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
     sinks: Float[Array, "N"] | None = None,
     q_offset: int | Int[Array, "B"] = 0,
     kv_length: Int[Array, "B"] | None = None,
@@ -69,6 +74,11 @@ def dense_attention(
         bias: added to the scores after the soft cap.
         scale: factor on q . k; None: H ** -0.5.
         soft_cap: squashes the scores to (-soft_cap, soft_cap).
+        score_mod: `score_mod(s, b, h, i, j) -> s` on scores and broadcastable int32 indices
+            (sequence, query head, absolute query, key), entry by entry, after cap and bias; also
+            asked where the mask says no, where its slope must be finite. A callable pytree
+            (`jax.tree_util.Partial`) gets gradients of its arrays; what a plain function closes
+            over is constant. "reference" and "xla" only.
         sinks: per head the logit of a virtual key without value: it takes weight, gives nothing.
         q_offset: absolute position of the first query (for masks); one for all or one per sequence.
         kv_length: keys from this index on do not exist.
@@ -102,8 +112,8 @@ def dense_attention(
         full: Any = jnp.zeros((B, N, T, S), jnp.float32)
         bias = tap("bias", full if bias is None else full + bias)  # pyright: ignore
     name, _ = choose(
-        q, k, v, mask=mask, bias=bias, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset,
-        return_lse=return_lse, tap=tap, implementation=implementation,
+        q, k, v, mask=mask, bias=bias, soft_cap=soft_cap, score_mod=score_mod, sinks=sinks,
+        q_offset=q_offset, return_lse=return_lse, tap=tap, implementation=implementation,
     )  # fmt: skip
     if name in ("cudnn", "tokamax"):
         o, lse = _vendor(name, q, k, v, mask, bias, scale, soft_cap), None
@@ -112,8 +122,9 @@ def dense_attention(
             name, functools.partial(reference, tap=tap)
         )
         o, lse = run(
-            q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
-        )
+            q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, score_mod=score_mod,
+            sinks=sinks, q_offset=q_offset,
+        )  # fmt: skip
     z: Any = tap("z", o)
     return z if lse is None or not return_lse else (z, lse)
 
@@ -135,28 +146,30 @@ def edited_mask(
     return mask, q_offset
 
 
-def _xla(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
+def _xla(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
     T, S = q.shape[1], k.shape[1]
-    if few(q, k) and target() == "cpu":
+    on_cpu = target() == "cpu"
+    if few(q, k) and on_cpu:
         return few_queries(
-            q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, sinks=sinks, q_offset=q_offset
-        )
-    tiles, on_cpu = _tiles(T, S).clip(T, S), target() == "cpu"
+            q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, score_mod=score_mod,
+            sinks=sinks, q_offset=q_offset,
+        )  # fmt: skip
+    tiles = _tiles(T, S).clip(T, S)
     # Host lists for a static mask (also while tracing), else a program that makes them.
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     if on_cpu:
         schedule = Schedule.build(live.cnt, live.idx, live.kind)
         if live.is_host and tiles.block_q == 2 * tiles.block_k:
-            tiles, schedule = _wider(tiles, schedule, mask, T, S, q_offset)
+            tiles, schedule = _closest(tiles, schedule, mask, T, S, q_offset)
     else:
         schedule = Schedule.joined(live.tiles())
     return block_sparse_attention(
-        q, k, v, mask, schedule, scale=scale, bias=bias, soft_cap=soft_cap, sinks=sinks,
-        q_offset=q_offset, tiles=tiles, upcast=on_cpu,
+        q, k, v, mask, schedule, scale=scale, bias=bias, soft_cap=soft_cap, score_mod=score_mod,
+        sinks=sinks, q_offset=q_offset, tiles=tiles, upcast=on_cpu,
     )  # fmt: skip
 
 
-def _tpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
+def _tpu(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
     T, S = q.shape[1], k.shape[1]
     tiles = tpu.legal_tiles(Tiles(), T, S)
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
@@ -166,7 +179,7 @@ def _tpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     )  # fmt: skip
 
 
-def _gpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
+def _gpu(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
     tiles = gpu.legal_tiles(Tiles())
     live = mask.block_map(q.shape[1], k.shape[1], tiles.block_q, tiles.block_k, q_offset=q_offset)
     return gpu.block_sparse_attention(
@@ -175,20 +188,30 @@ def _gpu(q, k, v, mask, *, bias, scale, soft_cap, sinks, q_offset):
     )  # fmt: skip
 
 
-def _wider(
+def _closest(
     tall: Tiles, schedule: Schedule, mask: Mask, T: int, S: int, q_offset: Any
 ) -> tuple[Tiles, Schedule]:
-    """Flat tiles that begin at any column, where tall ones cover much that is not allowed.
+    """The tiles that cover least of what is not allowed, where it is a tenth less at least.
 
-    A window of 256 keys covers 768 keys per query in tiles of 512 x 256, 512 in 256 x 512. (Tiles
-    of 256 x 256 cover 512 as well, but XLA runs products so small on one core only.)
+    A window of 256 keys covers 768 keys per query in tiles of 512 x 256; 512 in flat ones of
+    256 x 512 that begin at any column; 384 in narrow ones of 128 x 384, one for each tile of
+    queries, whose products are so small that XLA runs them on one core unless they are kept apart.
     """
+    best, columns = (tall, schedule), tall.block_k * schedule.count.mean()
     side = tall.block_k
+    flat = Schedule.spanned(mask.block_map(T, S, side, side, q_offset=q_offset).tiles(), 2)
+    if 1.1 * 2 * side * flat.count.mean() < columns:
+        best = Tiles(side, 2 * side, tall.entries, grain=side), flat
+        columns = 2 * side * flat.count.mean()
+    if columns > NARROW:
+        return best
+    side //= 2
     grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()
-    flat = Schedule.paired(grid)
-    if 1.1 * 2 * flat.count.mean() >= schedule.count.mean():  # both: columns per query / side
-        return tall, schedule
-    return Tiles(side, 2 * side, tall.entries, grain=side), flat
+    width = Schedule.span(grid)
+    if 1.1 * side * width > columns:
+        return best
+    tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=8)
+    return tiles, Schedule.spanned(grid, width)
 
 
 def _tiles(T: int, S: int) -> Tiles:

@@ -25,7 +25,8 @@ Any mask is honoured pair by pair, but blocks and samples are chosen without it:
 pairs leaves most of them unused. Grouped query heads are sorted and served together. Queries that
 are not the keys' own under a causal mask (a cache) are served exactly.
 
-Deviation: capping and row-norm sampling of the theory are left out, as the authors' code does; keys
+Deviation: capping and row-norm sampling of the theory are left out, as the authors' code does
+(`approx_d_reference` is the theory's estimate of the denominators, for tests and teaching); keys
 that fill up a block are masked, samples in a query's block always are, the lse keeps its gradient;
 lengths are padded once to a multiple of 2^levels. Paper: arXiv 2310.05869.
 """
@@ -36,6 +37,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from causal_jax.attention._approx_d import approx_d_reference
 from causal_jax.attention._base import AttentionSpec, Case, attention
 from causal_jax.attention._hyper_problem import Settings, Where, parts_of, solve
 from causal_jax.attention._lsh import angular_lsh, check_order
@@ -52,6 +54,7 @@ from causal_jax.masks import And, Causal, Chunked, Mask, Prefix, Window, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 
+__all__ = ["HyperAttention", "approx_d_reference", "hyper_attention", "is_causal"]
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 
 
@@ -98,7 +101,8 @@ def hyper_attention(
         tap: sites `mask` [B,N,T,S] (materialised only if wanted; under a causal mask edits can only
             forbid) and `z` = o.
         implementation: None chooses, "xla" so far; "reference", "xla" (reverse-mode derivatives
-            only), "tpu" (never run on a real chip, so it must be named).
+            only), "tpu" and "gpu" (Hopper; neither was ever run on a real chip, so they must be
+            named).
 
     Returns:
         o in v's dtype; 0 for a query that may attend to nothing.
@@ -113,8 +117,6 @@ def hyper_attention(
     if implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
         raise InputError(f"implementation={implementation!r}: expected None or one of {known}")
-    if implementation == "gpu":
-        raise NotImplementedError("gpu: hyper attention has no kernel for GPUs yet, 'xla' serves")
     (B, T, N, H), S = q.shape, k.shape[1]
     mask = as_mask(mask)
     if kv_length is not None:

@@ -25,6 +25,7 @@ GROUPS = {
     "attention": "registered mechanisms x masks x lengths, beside jax.nn, torch, ...",
     "explain": "which implementation of dense attention serves a case, and why; times nothing",
     "hyper": "HyperAttention, causal: beside exact attention and a plain PyTorch HyperAttention",
+    "compile": "our TPU kernels compiled ahead of time: does it, VMEM, temporaries; runs nothing",
     "memory": "memories that learn while reading, beside titans-pytorch and the token recurrence",
     "linear": "a LAWCAT layer beside exact attention and a torch recurrence; decoding",
     "train": "one optimisation step of a config's model, beside the same model in torch",
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec, overrides, rest = take_words(sys.argv[1:] if argv is None else argv)
         args = _parse(rest)
         args.config, args.overrides = spec, overrides
-        if args.group in ("attention", "explain", "hyper") and (spec or overrides):
+        if args.group in ("attention", "explain", "hyper", "compile") and (spec or overrides):
             raise InputError(
                 f"--config: the group {args.group} has no model; give --seq, --heads, ..."
             )

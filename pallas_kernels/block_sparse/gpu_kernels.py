@@ -12,7 +12,7 @@ from pallas_kernels._compat import mosaic_gpu, transposed
 from pallas_kernels.block_sparse.gpu import LOG2E, Config
 
 
-def _kernel(body: Any, cfg: Config, grid, out_type, scratch) -> Any:
+def _kernel(body: Any, cfg: Config, grid, out_type, scratch, threads: int = 1) -> Any:
     plgpu = mosaic_gpu()
     return plgpu.kernel(
         body,
@@ -20,18 +20,18 @@ def _kernel(body: Any, cfg: Config, grid, out_type, scratch) -> Any:
         scratch_types=scratch,
         grid=grid,
         grid_names=("heads", "tiles", "batch"),
-        num_threads=1,
+        num_threads=threads,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=False),
         interpret=cfg.interpret,
     )
 
 
-def _buffer(rows: int, width: int, dtype: Any) -> Any:
+def _buffer(rows: int, width: int, dtype: Any, copies: tuple[int, ...] = ()) -> Any:
     """Shared memory in the layout that WGMMA reads."""
     plgpu = mosaic_gpu()
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((rows, width), dtype, transforms=transforms)
+    return plgpu.SMEM((*copies, rows, width), dtype, transforms=transforms)
 
 
 def _product(cfg: Config, a, b, shape, flip: bool = False) -> Any:
@@ -102,6 +102,8 @@ def _allowed(cfg: Config, vectors, offset, batch, head, row, column, slot, flip:
     j = ids(int(not flip)) + column * cfg.block_k
     tiles = []
     for ref, axis in zip(vectors, cfg.axes):
+        if axis == "bias":
+            continue
         at = (batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0)
         if axis == "stored":
             part = ref.at[(*at, pl.ds(slot * shape[0], shape[0]), slice(None))]
@@ -113,6 +115,38 @@ def _allowed(cfg: Config, vectors, offset, batch, head, row, column, slot, flip:
         tiles.append(_wide(x, shape, along))
     ok = cfg.mask(shape, batch, head, i, j, tiles)
     return ok & (j < cfg.keys) if cfg.keys % cfg.block_k else ok
+
+
+def _biased(cfg: Config, vectors, s, batch, column, along: int) -> Any:
+    """Scores with the keys' own bias, if there is one; keys on axis `along`."""
+    if cfg.axes[-1:] != ("bias",):
+        return s
+    there = vectors[-1].at[batch, pl.ds(column * cfg.block_k, cfg.block_k)]
+    return s + _wide(_vector(cfg, there, along), s.shape, along)
+
+
+def _begin(cfg: Config, rows: int, width: int, sink: Any) -> tuple[Any, Any, Any]:
+    """(sum of p v, maximum, sum of p) of an online softmax in base 2 before the first key."""
+    m, l = _held(cfg, (rows,), -jnp.inf), _held(cfg, (rows,), 0.0)
+    if cfg.sinks:
+        m = _held(cfg, (rows,), 0.0) + sink * LOG2E
+        l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+    return _held(cfg, (rows, width), 0.0), m, l
+
+
+def _online(s, m, l) -> tuple[Any, Any, Any, Any]:
+    """(p, decay of what was summed before, maximum, sum of p) with the scores of a further tile."""
+    top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+    safe = jnp.where(top == -jnp.inf, 0.0, top)
+    p, decay = jnp.exp2(s * LOG2E - _wide(safe, s.shape, 0)), jnp.exp2(m - safe)
+    return p, decay, top, l * decay + p.sum(axis=1)
+
+
+def _end(acc, m, l) -> tuple[Any, Any]:
+    """(o, lse) after the last key."""
+    nothing = l == 0
+    l = jnp.where(nothing, 1.0, l)
+    return acc / _wide(l, acc.shape, 0), jnp.where(nothing, -jnp.inf, m / LOG2E + jnp.log(l))
 
 
 def _over(listed, batch, head, row, step, carry) -> Any:
@@ -150,26 +184,19 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
             there = pl.ds(column * bk, bk)
             _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
             s, _ = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            s = _biased(cfg, vectors, s, batch, column, 1)
             if partial:
                 ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, False)
                 s = jnp.where(ok, s, -jnp.inf)
-            top = jnp.maximum(m, s.max(axis=1) * LOG2E)
-            safe = jnp.where(top == -jnp.inf, 0.0, top)
-            p, decay = jnp.exp2(s * LOG2E - _wide(safe, tile, 0)), jnp.exp2(m - safe)
-            l = l * decay + p.sum(axis=1)
+            p, decay, m, l = _online(s, m, l)
             part = _product(cfg, p.astype(v_s.dtype), v_s, (bq, width))
-            return acc * _wide(decay, acc.shape, 0) + part, top, l
+            return acc * _wide(decay, acc.shape, 0) + part, m, l
 
-        m, l = _held(cfg, (bq,), -jnp.inf), _held(cfg, (bq,), 0.0)
-        if cfg.sinks:
-            m = _held(cfg, (bq,), 0.0) + sinks[head] * LOG2E
-            l = jnp.where(m == -jnp.inf, 0.0, 1.0)
-        carry = (_held(cfg, (bq, width), 0.0), m, l)
-        acc, m, l = _over((full, count, idx, stored), batch, head, row, step, carry)
-        nothing = l == 0
-        l = jnp.where(nothing, 1.0, l)
-        o_s[...] = (acc / _wide(l, acc.shape, 0)).astype(o_s.dtype)
-        lse_s[...] = jnp.where(nothing, -jnp.inf, m / LOG2E + jnp.log(l))
+        carry = _begin(cfg, bq, width, sinks[head] if cfg.sinks else None)
+        carry = _over((full, count, idx, stored), batch, head, row, step, carry)
+        out, out_lse = _end(*carry)
+        o_s[...] = out.astype(o_s.dtype)
+        lse_s[...] = out_lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_s, o.at[batch, here, head])
         plgpu.copy_smem_to_gmem(lse_s, lse.at[batch, head, here])
@@ -207,6 +234,7 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
             there = pl.ds(column * bk, bk)
             _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
             s, slope = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            s = _biased(cfg, vectors, s, batch, column, 1)
             p = jnp.exp2(s * LOG2E - _wide(far, tile, 0))
             ds = p * (_product(cfg, do_s, v_s, tile, True) - _wide(delta, tile, 0))
             ds = ds if slope is None else ds * slope
@@ -259,6 +287,7 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
                 _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
                 fari, deltai = (_vector(cfg, x.at[batch, head, here], 1) for x in (far, delta))
                 s, slope = _scores(cfg, _product(cfg, k_s, q_s, tile, True))
+                s = _biased(cfg, vectors, s, batch, column, 0)
                 p = jnp.exp2(s * LOG2E - _wide(fari, tile, 1))
                 ds = p * (_product(cfg, v_s, do_s, tile, True) - _wide(deltai, tile, 1))
                 ds = ds if slope is None else ds * slope

@@ -17,15 +17,19 @@ class Tiles:
         block_q, block_k: queries and keys per tile (clipped to the lengths).
         entries: scores computed at once (batch x heads x tile); 0: all batch rows and heads.
         grain: a tile may start at any multiple of this many keys; 0: of block_k.
+        lanes: tiles worked on side by side, each with products of its own, where 0 stands for one
+            batch of products: XLA runs small products of a batch on one core of a CPU only.
     """
 
     block_q: int = 512
     block_k: int = 512
     entries: int = 0
     grain: int = 0
+    lanes: int = 0
 
     def __post_init__(self):
-        if self.block_q < 1 or self.block_k < 1 or self.entries < 0 or self.grain < 0:
+        others = min(self.entries, self.grain, self.lanes)
+        if self.block_q < 1 or self.block_k < 1 or others < 0:
             raise ValueError(f"tile sizes must be positive, got {self}")
 
     def clip(self, queries: int, keys: int) -> "Tiles":
@@ -74,23 +78,35 @@ class Schedule(NamedTuple):
         return cls(*(x.astype(np.int32) for x in (full.sum(-1), live.sum(-1), idx)))
 
     @classmethod
-    def paired(cls, grid: np.ndarray) -> "Schedule":
-        """Tiles of twice the width that begin at any column, from the kinds [b, h, nq, nk].
+    def spanned(cls, grid: np.ndarray, width: int) -> "Schedule":
+        """Tiles `width` times as wide that begin at any column, from the kinds [b, h, nq, nk].
 
-        Left to right, each begins at the first live tile not yet covered, and is full if both of
-        its halves are. The last one may hang over the edge. `Tiles.grain` is half of `block_k`.
+        Left to right, each begins at the first live tile not yet covered, and is full if all it
+        covers are. The last one may hang over the edge. `Tiles.grain` is block_k / width.
         """
         start = np.zeros(grid.shape, bool)
-        covered = np.zeros(grid.shape[:3], bool)
+        left = np.zeros(grid.shape[:3], np.int32)  # columns still covered by the last one
         for c in range(grid.shape[3]):
-            start[..., c] = (grid[..., c] > 0) & ~covered
-            covered = start[..., c]
+            start[..., c] = (grid[..., c] > 0) & (left == 0)
+            left = np.where(start[..., c], width - 1, np.maximum(left - 1, 0))
         full = start & (grid == FULL)
-        full[..., :-1] &= grid[..., 1:] == FULL
-        full[..., -1] = False
+        for ahead in range(1, width):
+            full[..., :-ahead] &= grid[..., ahead:] == FULL
+            full[..., -ahead:] = False
         idx = np.argsort(np.where(full, 0, np.where(start, 1, 2)), axis=-1, stable=True)
         most = max(1, int(start.sum(-1).max()))
         return cls(*(x.astype(np.int32) for x in (full.sum(-1), start.sum(-1), idx[..., :most])))
+
+    @staticmethod
+    def span(grid: np.ndarray) -> int:
+        """Columns from the first live tile of a row to its last, the most of all rows."""
+        live, columns = grid > 0, np.arange(grid.shape[3])
+        first = np.where(live, columns, grid.shape[3]).min(-1)
+        return max(1, int((np.where(live, columns, -1).max(-1) - first + 1).max()))
+
+    def single(self) -> bool:
+        """Is it known on the host that every tile of queries has exactly one tile of keys?"""
+        return isinstance(self.count, np.ndarray) and bool((self.count == 1).all())
 
     def has(self) -> tuple[bool, bool]:
         """(some full tiles, some partial tiles); True where it is not known on the host."""

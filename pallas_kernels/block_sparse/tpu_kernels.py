@@ -168,7 +168,9 @@ def _cost(cfg, listed, grid, inputs, outputs, name) -> pl.CostEstimate:
     blocks = {"q": cfg.block_q, "k": cfg.block_k}  # the side that a turn brings in anew
     inner = "q" if listed.by_keys else "k"
     moved = sum(
-        turns * blocks[inner] * x.shape[3] * x.dtype.itemsize if side == inner else x.size * x.dtype.itemsize
+        turns * blocks[inner] * x.shape[3] * x.dtype.itemsize
+        if side == inner
+        else x.size * x.dtype.itemsize
         for side, x in inputs
     )
     moved += sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)

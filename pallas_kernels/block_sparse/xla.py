@@ -2,7 +2,7 @@
 
 For every tile of queries the live tiles of keys are visited one after another (online softmax):
 
-    s = cap(scale q k^T) + bias                          -inf where the mask says no
+    s = mod(cap(scale q k^T) + bias)                     -inf where the mask says no
     m' = max(m, rowmax s)      p = exp(s - m')           d = exp(m - m')
     l = d l + rowsum p         a = d a + p v
     o = a / l                  lse = m + log l
@@ -24,10 +24,11 @@ attend to gives NaN. Reverse-mode differentiation only (custom_vjp).
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.block_sparse.schedule import Schedule, Tiles
@@ -46,8 +47,11 @@ class _Config:
     sizes: tuple[int, int, int]  # B, K, G
     unit: tuple[int, int, int]  # how many of each are worked on at once
     has: tuple[bool, bool]  # full tiles, partial tiles
+    single: bool  # every tile of queries has exactly one of keys
+    rows: int  # tiles of queries worked on at once
     upcast: bool  # multiply in float32
     scaled: bool  # the scale goes into q before the product, else onto the product
+    apart: bool  # one product per batch row and kv head, not one for all of a unit
 
 
 def block_sparse_attention(
@@ -60,6 +64,7 @@ def block_sparse_attention(
     scale: float,
     bias: jax.Array | None = None,
     soft_cap: float | None = None,
+    score_mod: Any = None,
     sinks: jax.Array | None = None,
     q_offset: Any = 0,
     tiles: Tiles | None = None,
@@ -74,6 +79,8 @@ def block_sparse_attention(
         scale: factor on q k^T.
         bias: [B|1, N|1, T, S], added after the soft cap.
         soft_cap: s -> soft_cap tanh(s / soft_cap).
+        score_mod: `score_mod(s, b, h, i, j) -> s` entry by entry, after the bias and also where the
+            mask says no; a callable pytree (`jax.tree_util.Partial`) gets gradients of its leaves.
         sinks: [N] logits of a virtual key without value.
         q_offset: int or [B], absolute index of the first query.
         tiles: sizes of the work.
@@ -88,6 +95,8 @@ def block_sparse_attention(
     G, tiles = N // K, (tiles or Tiles()).clip(T, S)
     bq, bk, grain = tiles.block_q, tiles.block_k, tiles.grain or tiles.block_k
     spare = bk - grain  # a tile that begins at the last multiple of the grain hangs over
+    unit = _unit((B, K, G), bq * bk, tiles, schedule)
+    lanes = tiles.lanes // (unit[0] * unit[1]) if schedule.single() else 1
     cfg = _Config(
         scale=float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
@@ -96,10 +105,13 @@ def block_sparse_attention(
         grain=grain,
         keys=S,
         sizes=(B, K, G),
-        unit=_unit((B, K, G), bq * bk, tiles.entries, schedule),
+        unit=unit,
         has=schedule.has(),
+        single=schedule.single(),
+        rows=_rows(-(-T // bq), lanes),
         upcast=upcast,
         scaled=upcast or q.dtype == _sum_type(q),  # bfloat16 queries would be rounded once more
+        apart=tiles.lanes > 0,
     )
     if bias is not None:
         heads = (K, G) if bias.shape[1] > 1 else (1, 1)
@@ -111,6 +123,7 @@ def block_sparse_attention(
         _pad(v.transpose(0, 2, 1, 3), 2, grain, spare),
         bias,
         None if sinks is None else sinks.astype(_sum_type(q)).reshape(1, K, G),
+        jax.tree_util.Partial(score_mod) if jax.tree_util.all_leaves([score_mod]) else score_mod,
         mask,
         Schedule(*(jnp.asarray(x) for x in schedule)),
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,)),
@@ -119,18 +132,24 @@ def block_sparse_attention(
     return o, lse[..., :T].transpose(0, 3, 1, 2).reshape(B, T, N)
 
 
-def _unit(sizes, tile: int, entries: int, schedule: Schedule) -> tuple[int, int, int]:
+def _unit(sizes, tile: int, tiles: Tiles, schedule: Schedule) -> tuple[int, int, int]:
     """How many batch rows, kv heads and query heads per kv head share one set of loops."""
     B, K, G = sizes
     if schedule.full.shape[1] > 1:  # every query head has its own list
         return 1, 1, 1
     rows = 1 if schedule.full.shape[0] > 1 else B
-    if not entries:
+    if not tiles.entries and not tiles.lanes:
         return rows, K, G
-    room = max(1, entries // (tile * G))
+    room = max(1, tiles.entries // (tile * G) if tiles.entries else B * K)
+    room = min(room, tiles.lanes or room)
     if room < K:
         return 1, max(d for d in range(1, room + 1) if K % d == 0), G
     return max(d for d in range(1, min(rows, room // K) + 1) if rows % d == 0), K, G
+
+
+def _rows(count: int, most: int) -> int:
+    """How many tiles of queries share a turn: a divisor of their number."""
+    return max(d for d in range(1, max(1, most) + 1) if count % d == 0)
 
 
 def _sum_type(x):
@@ -170,6 +189,30 @@ def _add(x, part, starts):
     return _put(x, _take(x, starts, part.shape) + part, starts)
 
 
+def _inexact(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _added(sums: Any, more: Any) -> Any:
+    """Gradients of the real leaves of a pytree, as a list; None begins with zeros."""
+    more = [x for x in jax.tree.leaves(more) if _inexact(x)]
+    if sums is None:
+        return [jnp.zeros(x.shape, _sum_type(x)) for x in more]
+    return [a + b for a, b in zip(sums, more)]
+
+
+def _shaped(sums: Any, like: Any) -> Any:
+    """The gradients as a pytree like the one they belong to."""
+    left = iter(sums)
+
+    def grad(x):
+        if _inexact(x):
+            return next(left).astype(x.dtype)
+        return np.zeros(x.shape, jax.dtypes.float0)
+
+    return jax.tree.map(grad, like)
+
+
 def _clean(x):
     """(x with a vector of zeros where one is not finite, 0 or NaN per vector)."""
     flag = jnp.where(jnp.isfinite(x).all(-1), 0.0, jnp.nan).astype(x.dtype)
@@ -190,19 +233,41 @@ def _over_units(cfg: _Config, body, carry) -> Any:
 
 
 def _over_tiles(cfg: _Config, schedule: Schedule, at, row, step, state) -> Any:
-    """`state = step(partial, j0, state)` for the live tiles of a row: full ones, then partial."""
+    """`state = step(partial, starts, state)` for the live tiles of `cfg.rows` rows.
+
+    `starts` has the first key for each of the rows; more than one row have one tile each. Full
+    tiles come first, then partial ones. The first `state` is None if there is only one step.
+    """
     b = at[0] if schedule.full.shape[0] > 1 else 0
     h = at[1] * cfg.sizes[2] + at[2] if schedule.full.shape[1] > 1 else 0
+    if cfg.single:
+        starts = [schedule.idx[b, h, row + n, 0] * cfg.grain for n in range(cfg.rows)]
+        return step(cfg.has[1], starts, state)
     full, count, idx = (x[b, h, row] for x in schedule)
 
     def visit(partial, n, state):
-        return step(partial, idx[n] * cfg.grain, state)
+        return step(partial, [idx[n] * cfg.grain], state)
 
     if cfg.has[0]:
         state = lax.fori_loop(0, full, functools.partial(visit, False), state)
     if cfg.has[1]:
         state = lax.fori_loop(full, count, functools.partial(visit, True), state)
     return state
+
+
+class _Part(NamedTuple):
+    """Some batch rows, kv heads and heads of a group, whose products are one."""
+
+    at: tuple[Any, Any, Any]
+    sizes: tuple[int, int, int]
+    spot: tuple[int, int] | None  # within the unit; None: all of it
+
+    def of(self, x):
+        """Its share of a tile made for the unit."""
+        for axis, n in enumerate(self.spot or ()):
+            if x.shape[axis] > 1:
+                x = lax.slice_in_dim(x, n, n + 1, axis=axis)
+        return x
 
 
 class _Unit:
@@ -220,22 +285,28 @@ class _Unit:
         h = (at[1] + jnp.arange(uk))[:, None] * cfg.sizes[2] + (at[2] + jnp.arange(ug))[None]
         self.h = h.reshape(1, uk, ug, 1, 1)
         self.first = lax.dynamic_slice_in_dim(offset, at[0], ub).reshape(-1, 1, 1, 1, 1)
+        self.parts = [_Part(at, cfg.unit, None)]
+        if cfg.apart:
+            spots = [(b, k) for b in range(ub) for k in range(uk)]
+            self.parts = [
+                _Part((at[0] + b, at[1] + k, at[2]), (1, 1, ug), (b, k)) for b, k in spots
+            ]
 
-    def queries(self, x, i0) -> Any:
-        return self._operand(_take(x, (*self.at, i0), (*self.cfg.unit, self.cfg.block_q)))
+    def queries(self, x, part: _Part, i0) -> Any:
+        return self._operand(_take(x, (*part.at, i0), (*part.sizes, self.cfg.block_q)))
 
-    def keys(self, x, j0) -> Any:
-        return self._operand(_take(x, (*self.at[:2], j0), (*self.cfg.unit[:2], self.cfg.block_k)))
+    def keys(self, x, part: _Part, j0) -> Any:
+        return self._operand(_take(x, (*part.at[:2], j0), (*part.sizes[:2], self.cfg.block_k)))
 
-    def keys_t(self, x, j0) -> Any:
-        sizes = (*self.cfg.unit[:2], x.shape[2], self.cfg.block_k)
-        return self._operand(_take(x, (*self.at[:2], 0, j0), sizes))
+    def keys_t(self, x, part: _Part, j0) -> Any:
+        sizes = (*part.sizes[:2], x.shape[2], self.cfg.block_k)
+        return self._operand(_take(x, (*part.at[:2], 0, j0), sizes))
 
     def _operand(self, x):
         return x.astype(_sum_type(x)) if self.cfg.upcast else x
 
     def scores(self, s, bias):
-        """(s, ds / d(scale q k^T) or None) from the raw products, before the mask."""
+        """(s, ds / d(scale q k^T) or None) from the raw products, before score_mod and the mask."""
         slope = None
         if not self.cfg.scaled:
             s = s * self.cfg.scale
@@ -244,28 +315,43 @@ class _Unit:
             s, slope = self.cfg.soft_cap * t, 1 - t * t
         return (s if bias is None else s + bias.astype(s.dtype)), slope
 
-    def allowed(self, i0, j0, backward=False):
-        """The mask on a tile, in the layout of its scores."""
+    def index(self, i0, j0, backward=False) -> tuple[Any, ...]:
+        """b, h, i, j of a tile, in the layout of its scores."""
         i = self.first + (i0 + jnp.arange(self.cfg.block_q)).reshape(1, 1, 1, -1, 1)
         j = (j0 + jnp.arange(self.cfg.block_k)).reshape(1, 1, 1, 1, -1)
         index = (self.b, self.h, i, j)
-        if backward:
-            index = tuple(x.transpose(0, 1, 4, 2, 3) for x in index)
+        return tuple(x.transpose(0, 1, 4, 2, 3) for x in index) if backward else index
+
+    def modified(self, mod, s, part: _Part, i0, j0, backward=False):
+        """(score_mod(s), its pullback to (ds, gradient of its leaves)); forward: (.., None)."""
+        if mod is None:
+            return s, None
+        index = tuple(part.of(x) for x in self.index(i0, j0, backward))
+        if not backward:
+            return mod(s, *index).astype(s.dtype), None
+        return jax.vjp(lambda s, mod: mod(s, *index).astype(s.dtype), s, mod)
+
+    def allowed(self, i0, j0, backward=False):
+        """The mask on a tile, in the layout of its scores."""
+        index = self.index(i0, j0, backward)
         ok = self.mask(*index)
         inside = self.cfg.keys % self.cfg.grain == 0 and self.cfg.grain == self.cfg.block_k
-        return ok if inside else ok & (index[3] < self.cfg.keys)
+        ok = ok if inside else ok & (index[3] < self.cfg.keys)
+        # Computed once and read, not anew by every pass over the scores of every head.
+        return lax.optimization_barrier(ok) if self.cfg.upcast else ok
 
 
-def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
+def _forward(cfg: _Config, q, k, v, bias, sinks, mod, mask, schedule, offset):
     acc, width = _sum_type(q), v.shape[-1]
-    rows = (*cfg.unit, cfg.block_q, 1)
-    k = k.swapaxes(2, 3)
+    kt = k.swapaxes(2, 3)
+    clean_v, bad = _clean(v) if cfg.has[1] else (v, None)
 
-    def start(at):
+    def start(part: _Part):
+        rows = (*part.sizes, cfg.block_q, 1)
         if sinks is None:
             m, l = jnp.full(rows, -jnp.inf, acc), jnp.zeros(rows, acc)
         else:
-            m = _take(sinks, (0, *at[1:]), (1, *cfg.unit[1:]))
+            m = _take(sinks, (0, *part.at[1:]), (1, *part.sizes[1:]))
             m = jnp.broadcast_to(m[..., None, None], rows)
             l = jnp.where(m == -jnp.inf, 0, jnp.ones(rows, acc))
         return m, l, jnp.zeros((*rows[:-1], width), acc)
@@ -273,32 +359,52 @@ def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
     def unit(at, carry):
         here = _Unit(cfg, mask, offset, at)
 
-        def row(r, carry):
-            i0 = r * cfg.block_q
-            qi = here.queries(q, i0)
-            qi = qi * cfg.scale if cfg.scaled else qi
+        def turn(r, carry):
+            firsts = [(r * cfg.rows + n) * cfg.block_q for n in range(cfg.rows)]
+            lanes = [(n, part) for n in range(cfg.rows) for part in here.parts]
+            queries = [here.queries(q, part, firsts[n]) for n, part in lanes]
+            queries = [qi * cfg.scale if cfg.scaled else qi for qi in queries]
 
-            def step(partial, j0, state):
-                m, l, a = state
-                kj, vj = here.keys_t(k, j0), here.keys(v, j0)
-                tile = _take(bias, (*at, i0, j0), (*cfg.unit, cfg.block_q, cfg.block_k))
+            def attend(qi, part, i0, j0, ok, state):
+                kj = here.keys_t(kt, part, j0)
+                vj = here.keys(v if ok is None else clean_v, part, j0)
+                tile = _take(bias, (*part.at, i0, j0), (*part.sizes, cfg.block_q, cfg.block_k))
                 s, _ = here.scores(_dot("bkgqh,bkhs->bkgqs", qi, kj), tile)
-                if partial:
-                    vj, bad = _clean(vj)
-                    s = jnp.where(here.allowed(i0, j0), s + bad[:, :, None, None], -jnp.inf)
-                top = jnp.maximum(m, s.max(-1, keepdims=True))
+                s, _ = here.modified(mod, s, part, i0, j0)
+                if ok is not None:
+                    s = s + here.keys(bad, part, j0)[:, :, None, None]
+                    s = jnp.where(part.of(ok), s, -jnp.inf)
+                top = s.max(-1, keepdims=True)
+                top = top if state is None else jnp.maximum(state[0], top)
                 safe = jnp.where(top == -jnp.inf, 0, top)
-                p, decay = jnp.exp(s - safe), jnp.exp(m - safe)
-                l = decay * l + p.sum(-1, keepdims=True)
-                return top, l, decay * a + _dot("bkgqs,bksh->bkgqh", p.astype(vj.dtype), vj)
+                p = jnp.exp(s - safe)
+                l, a = p.sum(-1, keepdims=True), _dot("bkgqs,bksh->bkgqh", p.astype(vj.dtype), vj)
+                if state is None:
+                    return top, l, a
+                decay = jnp.exp(state[0] - safe)
+                return top, decay * state[1] + l, decay * state[2] + a
 
-            m, l, a = _over_tiles(cfg, schedule, at, r, step, start(at))
-            nothing = l == 0
-            l = jnp.where(nothing, 1, l)
-            lse = jnp.where(nothing, -jnp.inf, m + jnp.log(l))[..., 0]
-            return _put(carry[0], a / l, (*at, i0)), _put(carry[1], lse, (*at, i0))
+            def step(partial, starts, states):
+                oks = [here.allowed(i0, j0) if partial else None for i0, j0 in zip(firsts, starts)]
+                states = states or [None] * len(lanes)
+                return [
+                    attend(qi, part, firsts[n], starts[n], oks[n], state)
+                    for (n, part), qi, state in zip(lanes, queries, states)
+                ]
 
-        return lax.fori_loop(0, q.shape[3] // cfg.block_q, row, carry)
+            alone = cfg.single and sinks is None
+            states = None if alone else [start(part) for _, part in lanes]
+            states = _over_tiles(cfg, schedule, at, r * cfg.rows, step, states)
+            o, lse = carry
+            for (n, part), (m, l, a) in zip(lanes, states):
+                nothing = l == 0
+                l = jnp.where(nothing, 1, l)
+                spot = (*part.at, firsts[n])
+                o = _put(o, a / l, spot)
+                lse = _put(lse, jnp.where(nothing, -jnp.inf, m + jnp.log(l))[..., 0], spot)
+            return o, lse
+
+        return lax.fori_loop(0, q.shape[3] // cfg.block_q // cfg.rows, turn, carry)
 
     shape = (*cfg.sizes, q.shape[3])
     return _over_units(
@@ -306,61 +412,91 @@ def _forward(cfg: _Config, q, k, v, bias, sinks, mask, schedule, offset):
     )
 
 
+class _Row:
+    """What the backward pass reads of a tile of queries."""
+
+    def __init__(self, cfg: _Config, here: _Unit, part: _Part, i0, arrays):
+        q, do, far, delta = (here.queries(x, part, i0) for x in arrays)
+        self.q, self.do = q * cfg.scale if cfg.scaled else q, do
+        self.qt, self.dot = (x.transpose(0, 1, 4, 2, 3) for x in (self.q, do))
+        self.clean_q, (self.clean_do, self.bad_do) = _clean(self.q)[0], _clean(do)
+        self.far, self.delta = far[:, :, None], delta[:, :, None]
+
+
 def _backward(cfg: _Config, saved: Any, grads: Any):
-    q, k, v, bias, sinks, mask, schedule, offset, o, lse = saved
+    q, k, v, bias, sinks, mod, mask, schedule, offset, o, lse = saved
     do, dlse = grads
     acc = _sum_type(q)
     delta = (do.astype(acc) * o.astype(acc)).sum(-1) - dlse.astype(acc)
     far = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0 in rows without keys
     kt = k.swapaxes(2, 3)
+    clean_kt = _clean(k)[0].swapaxes(2, 3) if cfg.has[1] else kt
     bias_t = None if bias is None else bias.transpose(0, 1, 4, 2, 3)
 
     def unit(at, carry):
         here = _Unit(cfg, mask, offset, at)
 
-        def row(r, carry):
-            i0 = r * cfg.block_q
-            qi, doi = here.queries(q, i0), here.queries(do, i0)
-            qi = qi * cfg.scale if cfg.scaled else qi
-            qt, dot = (x.transpose(0, 1, 4, 2, 3) for x in (qi, doi))
-            clean_q, (clean_do, bad_do) = _clean(qi)[0], _clean(doi)
-            fari, deltai = (here.queries(x, i0)[:, :, None] for x in (far, delta))
+        def turn(r, carry):
+            firsts = [(r * cfg.rows + n) * cfg.block_q for n in range(cfg.rows)]
+            lanes = [(n, part) for n in range(cfg.rows) for part in here.parts]
+            rows = [_Row(cfg, here, part, firsts[n], (q, do, far, delta)) for n, part in lanes]
 
-            def step(partial, j0, state):
-                dqi, dk, dv, dbias = state
-                kj, vj, ktj = here.keys(k, j0), here.keys(v, j0), here.keys_t(kt, j0)
-                spot = (*at[:2], j0, at[2], i0)
-                tile = _take(bias_t, spot, (*cfg.unit[:2], cfg.block_k, cfg.unit[2], cfg.block_q))
-                s, slope = here.scores(_dot("bksh,bkhgq->bksgq", kj, qt), tile)
-                p = jnp.exp(s - fari)
-                ds = p * (_dot("bksh,bkhgq->bksgq", vj, dot) - deltai)
-                qx, dox = qi, doi
-                if partial:
-                    ok = here.allowed(i0, j0, backward=True)
-                    p = jnp.where(ok, p + bad_do[:, :, None], 0)
+            def attend(row: _Row, part, i0, j0, ok, dqi, sums):
+                dk, dv, dbias, dmod = sums
+                kj, vj = here.keys(k, part, j0), here.keys(v, part, j0)
+                spot = (*part.at[:2], j0, part.at[2], i0)
+                sizes = (*part.sizes[:2], cfg.block_k, part.sizes[2], cfg.block_q)
+                s, slope = here.scores(
+                    _dot("bksh,bkhgq->bksgq", kj, row.qt), _take(bias_t, spot, sizes)
+                )
+                s, pull = here.modified(mod, s, part, i0, j0, backward=True)
+                p = jnp.exp(s - row.far)
+                ds = p * (_dot("bksh,bkhgq->bksgq", vj, row.dot) - row.delta)
+                qx, dox = row.q, row.do
+                if ok is not None:
+                    ok = part.of(ok)
+                    p = jnp.where(ok, p + row.bad_do[:, :, None], 0)
                     ds = jnp.where(ok, ds, 0)
                     slope = None if slope is None else jnp.where(ok, slope, 0)
-                    qx, dox = clean_q, clean_do
-                    ktj = jnp.where(jnp.isnan(_clean(kj)[1])[:, :, None], 0, ktj)
+                    qx, dox = row.clean_q, row.clean_do
+                ktj = here.keys_t(kt if ok is None else clean_kt, part, j0)
+                if pull is not None:
+                    ds, more = pull(ds)
+                    dmod = _added(dmod, more)
                 if bias is not None:
                     dbias = _add(dbias, ds, spot)
                 if slope is not None:
                     ds = ds * slope
                 ds, p = ds.astype(kj.dtype), p.astype(dox.dtype)
                 dqi = dqi + _dot("bkhs,bksgq->bkhgq", ktj, ds)
-                dk = _add(dk, _dot("bksgq,bkgqh->bksh", ds, qx), (*at[:2], j0))
-                dv = _add(dv, _dot("bksgq,bkgqh->bksh", p, dox), (*at[:2], j0))
-                return dqi, dk, dv, dbias
+                dk = _add(dk, _dot("bksgq,bkgqh->bksh", ds, qx), (*part.at[:2], j0))
+                dv = _add(dv, _dot("bksgq,bkgqh->bksh", p, dox), (*part.at[:2], j0))
+                return dqi, (dk, dv, dbias, dmod)
 
-            state = (jnp.zeros(qt.shape, acc), *carry[1:])
-            dqi, *rest = _over_tiles(cfg, schedule, at, r, step, state)
-            return _put(carry[0], dqi * cfg.scale, (*at[:2], 0, at[2], i0)), *rest
+            def step(partial, starts, state):
+                oks = [
+                    here.allowed(i0, j0, backward=True) if partial else None
+                    for i0, j0 in zip(firsts, starts)
+                ]
+                dqs, sums = [], state[1]
+                for (n, part), row, dqi in zip(lanes, rows, state[0]):
+                    dqi, sums = attend(row, part, firsts[n], starts[n], oks[n], dqi, sums)
+                    dqs.append(dqi)
+                return dqs, sums
 
-        return lax.fori_loop(0, q.shape[3] // cfg.block_q, row, carry)
+            state = ([jnp.zeros(row.qt.shape, acc) for row in rows], carry[1:])
+            dqs, sums = _over_tiles(cfg, schedule, at, r * cfg.rows, step, state)
+            dq = carry[0]
+            for (n, part), dqi in zip(lanes, dqs):
+                dq = _put(dq, dqi * cfg.scale, (*part.at[:2], 0, part.at[2], firsts[n]))
+            return dq, *sums
 
-    zeros = (None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias_t))
+        return lax.fori_loop(0, q.shape[3] // cfg.block_q // cfg.rows, turn, carry)
+
+    zeros = [None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias_t)]
+    zeros.append(_added(None, mod))
     dq = jnp.zeros((*q.shape[:2], q.shape[4], *q.shape[2:4]), q.dtype)
-    dq, dk, dv, dbias = _over_units(cfg, unit, (dq, *zeros))
+    dq, dk, dv, dbias, dmod = _over_units(cfg, unit, (dq, *zeros))
     dsinks = None
     if sinks is not None:
         weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks[..., None] - far))
@@ -369,12 +505,22 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
         dbias = dbias.transpose(0, 1, 3, 4, 2).astype(bias.dtype)
     dk = dk if cfg.scaled else dk * cfg.scale
     dq = dq.transpose(0, 1, 3, 4, 2)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), dbias, dsinks, None, None, None
+    return (
+        dq,
+        dk.astype(k.dtype),
+        dv.astype(v.dtype),
+        dbias,
+        dsinks,
+        _shaped(dmod, mod),
+        None,
+        None,
+        None,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(cfg, q, k, v, bias, sinks, mask, schedule, offset):
-    return _forward(cfg, q, k, v, bias, sinks, mask, schedule, offset)
+def _attend(cfg, q, k, v, bias, sinks, mod, mask, schedule, offset):
+    return _forward(cfg, q, k, v, bias, sinks, mod, mask, schedule, offset)
 
 
 def _attend_fwd(cfg, *args):

@@ -39,3 +39,4 @@ class Problem(NamedTuple):
     bias_sample: Any  # [P, R] float32
     mask: Any = None  # callable pytree mask(b, h, i, j) -> bool, or None: all
     places: Places | None = None  # of a mask
+    used: Any = None  # [P] int32: the first so many tiles hold queries; None: all

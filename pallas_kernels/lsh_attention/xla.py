@@ -5,10 +5,13 @@
 
 Forward tiles are [queries, keys], backward ones [keys, queries]: every product contracts the last
 axis of its left and the second of its right factor, which spares transposing tiles of scores.
+On a CPU tiles are worked on side by side, each with products of its own: XLA runs the small
+products of a batch on one core. Tiles without queries are left out there.
 Reverse-mode differentiation only (custom_vjp).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +20,12 @@ from jax import lax
 
 from pallas_kernels.lsh_attention.problem import Problem
 
+LANES = 8  # tiles side by side
+
 
 class _Config(NamedTuple):
     scale: float
-    unit: int  # tiles worked on at once
+    lanes: int  # tiles of a turn; 0: all tiles in one batch
     upcast: bool  # multiply in float32
 
 
@@ -31,18 +36,34 @@ def xla(
 
     Args:
         scale: factor on q . k.
-        entries: scores computed at once; 0: all.
+        entries: scores computed at once; 0: all, and then tiles without queries as well.
         upcast: multiply in float32 (best on a CPU), else in the arrays' own type, summing in
             float32.
     """
-    (P, C, Q), width = x.q.shape[:3], x.k.shape[2] + x.k_sample.shape[1]
-    most = max(1, entries // (Q * width)) if entries else P * C
-    unit = max(n for n in range(1, min(most, P * C) + 1) if P * C % n == 0)
+    C, Q, width = *x.q.shape[1:3], x.k.shape[2] + x.k_sample.shape[1]
+    lanes = min(LANES, C, max(1, entries // (Q * width))) if entries else 0
+    if lanes:
+        x = _whole_turns(x, lanes)
     ints = x._replace(q=None, k=None, v=None, k_sample=None, v_sample=None)
-    cfg = _Config(float(scale), unit, upcast)
-    return _attend(  # pyright: ignore[reportGeneralTypeIssues]
+    cfg = _Config(float(scale), lanes, upcast)
+    o, lse = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         cfg, x.q, x.k, x.v, x.k_sample, x.v_sample, ints
     )
+    return o[:, :C], lse[:, :C]
+
+
+def _whole_turns(x: Problem, lanes: int) -> Problem:
+    """Empty tiles at the end, so that every turn has as many."""
+    spare = -x.q.shape[1] % lanes
+
+    def longer(a):
+        return jnp.pad(a, [(0, spare * (n == 1)) for n in range(a.ndim)]) if spare else a
+
+    used = jnp.full(x.q.shape[0], x.q.shape[1], jnp.int32) if x.used is None else x.used
+    places = x.places
+    if places is not None:
+        places = places._replace(h=longer(places.h), i=longer(places.i))
+    return x._replace(q=longer(x.q), block=longer(x.block), used=used, places=places)
 
 
 def _wide(x):
@@ -60,7 +81,6 @@ class _Lists:
     def __init__(self, cfg: _Config, k, v, k_sample, v_sample, x: Problem):
         self.cfg, self.x = cfg, x
         (self.P, self.C), (self.M, self.S) = x.block.shape, x.bias.shape[1:]
-        self.R = x.bias_sample.shape[1]
         self.k, self.v = (self._flat(a) for a in (k, v))
         self.kt, self.k_sample_t = self.k.swapaxes(1, 2), k_sample.swapaxes(1, 2)
         self.k_sample, self.v_sample = k_sample, v_sample
@@ -68,56 +88,95 @@ class _Lists:
     def _flat(self, a):
         return a.reshape(self.P * self.M, *a.shape[2:])
 
-    def tiles(self, a):
-        """[P, C, ..] -> [steps, U, ..]"""
-        unit = self.cfg.unit
-        return a.reshape(self.P * self.C // unit, unit, *a.shape[2:])
-
     def operand(self, a):
         return a.astype(_wide(a)) if self.cfg.upcast else a
 
-    def steps(self) -> dict[str, Any]:
-        """What a scan over units of tiles needs to know of each."""
+    def _of(self, a, index):
+        """Rows of a for the tiles of `index` [U]: one row is sliced, not gathered."""
+        if index.shape[0] == 1:
+            return lax.dynamic_slice_in_dim(a, index[0], 1)
+        return a[index]
+
+    def every(self) -> dict[str, Any]:
+        """What has to be known of all tiles, [P C, ..]."""
         p = jnp.broadcast_to(jnp.arange(self.P)[:, None], (self.P, self.C))
         out = {"p": p, "block": self.x.block}
         if self.x.mask is not None and self.x.places is not None:
             out |= {"h": self.x.places.h, "i": self.x.places.i}
-        return jax.tree.map(self.tiles, out)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     def own(self, at):
         return at["p"] * self.M + at["block"]
 
     def keys_t(self, at):
-        return self.operand(jnp.concatenate([self.kt[self.own(at)], self.k_sample_t[at["p"]]], -1))
+        parts = self._of(self.kt, self.own(at)), self._of(self.k_sample_t, at["p"])
+        return self.operand(jnp.concatenate(parts, -1))
 
     def keys(self, at):
-        return self.operand(jnp.concatenate([self.k[self.own(at)], self.k_sample[at["p"]]], 1))
+        parts = self._of(self.k, self.own(at)), self._of(self.k_sample, at["p"])
+        return self.operand(jnp.concatenate(parts, 1))
 
     def values(self, at):
-        return self.operand(jnp.concatenate([self.v[self.own(at)], self.v_sample[at["p"]]], 1))
+        parts = self._of(self.v, self.own(at)), self._of(self.v_sample, at["p"])
+        return self.operand(jnp.concatenate(parts, 1))
 
     def modify(self, s, at, keys_axis: int):
         """Scores [U, .., ..] with bias and mask; keys on `keys_axis`, queries on the other."""
-        mine = self.x.block_sample[at["p"]] == at["block"][:, None]
-        sampled = jnp.where(mine, -jnp.inf, self.x.bias_sample[at["p"]])
-        bias = jnp.concatenate([self._flat(self.x.bias)[self.own(at)], sampled], 1)
+        mine = self._of(self.x.block_sample, at["p"]) == at["block"][:, None]
+        sampled = jnp.where(mine, -jnp.inf, self._of(self.x.bias_sample, at["p"]))
+        own = self._of(self._flat(self.x.bias), self.own(at))
         other = 3 - keys_axis
-        s = s + jnp.expand_dims(bias, other).astype(s.dtype)
+        s = s + jnp.expand_dims(jnp.concatenate([own, sampled], 1), other).astype(s.dtype)
         if self.x.mask is None or self.x.places is None:
             return s
         where = self.x.places
-        j = jnp.concatenate([self._flat(where.j)[self.own(at)], where.j_sample[at["p"]]], 1)
+        j = self._of(self._flat(where.j), self.own(at)), self._of(where.j_sample, at["p"])
+        j = jnp.expand_dims(jnp.concatenate(j, 1), other)
         h, i = (jnp.expand_dims(a, keys_axis) for a in (at["h"], at["i"]))
-        b = where.b[at["p"]].reshape(-1, 1, 1)
-        return jnp.where(self.x.mask(b, h, i, jnp.expand_dims(j, other)), s, -jnp.inf)
+        b = self._of(where.b, at["p"]).reshape(-1, 1, 1)
+        return jnp.where(self.x.mask(b, h, i, j), s, -jnp.inf)
+
+
+def _over_tiles(lists: _Lists, arrays, step: Callable, carry) -> Any:
+    """`carry = step(first, at, arrays of some tiles, carry)` for all tiles, flat [P C, ..]."""
+    flat = [a.reshape(-1, *a.shape[2:]) for a in arrays]
+    every, lanes = lists.every(), lists.cfg.lanes
+    if not lanes:
+        return step(0, every, flat, carry)
+
+    def turn(n, carry, p):
+        for lane in range(lanes):
+            first = p * lists.C + n * lanes + lane
+            at, parts = jax.tree.map(
+                lambda a, first=first: lax.dynamic_slice_in_dim(a, first, 1), (every, flat)
+            )
+            carry = step(first, at, parts, carry)
+        return carry
+
+    def problem(p, carry):
+        turns = -(-lists.x.used[p] // lanes)
+        return lax.fori_loop(0, turns, functools.partial(turn, p=p), carry)
+
+    return lax.fori_loop(0, lists.P, problem, carry)
+
+
+def _put(x, part, first):
+    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), first, 0)
+
+
+def _add(x, part, index):
+    """x with rows added at index [U]."""
+    if index.shape[0] == 1:
+        return _put(x, lax.dynamic_slice_in_dim(x, index[0], 1) + part, index[0])
+    return x.at[index].add(part)
 
 
 def _forward(cfg: _Config, q, k, v, k_sample, v_sample, x: Problem):
     lists = _Lists(cfg, k, v, k_sample, v_sample, x)
 
-    def step(_, tile):
-        qu, at = tile
-        s = lists.modify(_dot(lists.operand(qu) * cfg.scale, lists.keys_t(at)), at, 2)
+    def step(first, at, tile, carry):
+        s = _dot(lists.operand(tile[0]) * cfg.scale, lists.keys_t(at))
+        s = lists.modify(s, at, 2)
         top = s.max(-1, keepdims=True)
         top = jnp.where(top == -jnp.inf, 0, top)
         p = jnp.exp(s - top)
@@ -127,10 +186,12 @@ def _forward(cfg: _Config, q, k, v, k_sample, v_sample, x: Problem):
         values = lists.values(at)
         o = _dot(p.astype(values.dtype), values) / total
         lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))[..., 0]
-        return None, (o.astype(v.dtype), lse)
+        return _put(carry[0], o, first), _put(carry[1], lse, first)
 
-    _, (o, lse) = lax.scan(step, None, (lists.tiles(q), lists.steps()))
-    return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    P, C, Q = q.shape[:3]
+    out = jnp.zeros((P * C, Q, v.shape[-1]), v.dtype), jnp.full((P * C, Q), -jnp.inf, _wide(q))
+    o, lse = _over_tiles(lists, [q], step, out)
+    return o.reshape(P, C, Q, -1), lse.reshape(P, C, Q)
 
 
 def _backward(cfg: _Config, saved: Any, grads: Any):
@@ -142,31 +203,31 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
     lists = _Lists(cfg, k, v, k_sample, v_sample, x)
     S = lists.S
 
-    def step(carry, tile):
-        qu, dou, far, delta, at = tile
+    def step(first, at, tile, carry):
+        qu, dou, far, delta = tile
         qu, dou = lists.operand(qu) * cfg.scale, lists.operand(dou)
         keys, values = lists.keys(at), lists.values(at)
         s = lists.modify(_dot(keys, qu.swapaxes(1, 2)), at, 1)
         p = jnp.exp(s - far[:, None])
         ds = p * (_dot(values, dou.swapaxes(1, 2)) - delta[:, None])
         p, ds = p.astype(dou.dtype), ds.astype(qu.dtype)
-        dq = _dot(lists.keys_t(at), ds) * cfg.scale
         dkeys, dvalues = _dot(ds, qu), _dot(p, dou)
-        dk, dv, dk_sample, dv_sample = carry
+        dq, dk, dv, dk_sample, dv_sample = carry
         own = lists.own(at)
-        carry = (
-            dk.at[own].add(dkeys[:, :S]),
-            dv.at[own].add(dvalues[:, :S]),
-            dk_sample.at[at["p"]].add(dkeys[:, S:]),
-            dv_sample.at[at["p"]].add(dvalues[:, S:]),
+        return (
+            _put(dq, _dot(lists.keys_t(at), ds) * cfg.scale, first),
+            _add(dk, dkeys[:, :S], own),
+            _add(dv, dvalues[:, :S], own),
+            _add(dk_sample, dkeys[:, S:], at["p"]),
+            _add(dv_sample, dvalues[:, S:], at["p"]),
         )
-        return carry, dq.astype(q.dtype)
 
+    P, C, Q, H = q.shape
     zeros = tuple(jnp.zeros(a.shape, acc) for a in (lists.k, lists.v, k_sample, v_sample))
-    tiles = (*(lists.tiles(a) for a in (q, do, far, delta)), lists.steps())
-    grads, dq = lax.scan(step, zeros, tiles)
-    dq = dq.swapaxes(2, 3).reshape(q.shape)
-    shaped = (g.reshape(a.shape).astype(a.dtype) for g, a in zip(grads, (k, v, k_sample, v_sample)))
+    zeros = (jnp.zeros((P * C, H, Q), q.dtype), *zeros)
+    dq, *sums = _over_tiles(lists, [q, do, far, delta], step, zeros)
+    dq = dq.swapaxes(1, 2).reshape(q.shape)
+    shaped = (g.reshape(a.shape).astype(a.dtype) for g, a in zip(sums, (k, v, k_sample, v_sample)))
     return dq, *shaped, None
 
 
