@@ -7,6 +7,7 @@ import pytest
 from tiny_decoder import L, close, go, ids
 
 from causal_jax.data.tasks.knowledge_world import (
+    ASK,
     ASSISTANT,
     BOS,
     IND,
@@ -102,6 +103,18 @@ def test_bad_steering():
             steer_attention(USERS, alpha)
     with pytest.raises(InputError, match="keep has 20 keys"):
         go(ids(), steer_attention(jnp.ones((B, 20), bool), 0.5))
+
+
+def test_reading_asks_facts_of_the_row_and_answers_them():
+    world = KnowledgeWorld(facts=3)
+    tokens, answers = (np.asarray(x) for x in world.reading(jax.random.key(0), 5))
+    assert tokens.shape == answers.shape == (5, 1 + 3 * 3 + 6 * 3)
+    for row, asked in zip(tokens, answers):
+        told = dict(row[1:10].reshape(3, 3)[:, :2])
+        questions = row[10:].reshape(6, 3)
+        assert (questions[:, 0] == ASK).all()
+        assert [told[e] for e in questions[:, 1]] == questions[:, 2].tolist()
+        assert asked.nonzero()[0].tolist() == list(range(12, 28, 3))
 
 
 def test_the_world():

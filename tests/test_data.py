@@ -387,6 +387,33 @@ def test_a_written_task_has_the_byte_tokenizer():
     assert prepared.vocab == 258
 
 
+def test_a_written_task_takes_any_tokenizer(tmp_path):
+    task = Needle(length=160)
+    source = Synthetic(task, validation_rows=6)
+    data = Data(source=source, tokenizer=BPE(vocab=400), context=90, batch=3)
+    prepared = data.prepare(tmp_path)
+    tokenizer = prepared.tokenizer
+    assert tokenizer.vocab == 400
+    batch = next(iter(prepared.train))
+    assert batch["tokens"].shape == (3, 90)
+    for row in range(3):
+        prompt, answer = task.text(0, row)
+        real = batch["segments"][row] == 0
+        asked = batch["weights"][row] > 0
+        assert not asked[~real].any()
+        assert tokenizer.decode(batch["targets"][row][asked]) == answer
+        whole = [*batch["tokens"][row][real], batch["targets"][row][real][-1]]
+        assert tokenizer.decode(np.array(whole)[1:]) == prompt + answer  # bos in front
+    assert [b["tokens"].shape for b in prepared.validation()] == [(3, 90)] * 2
+    again = data.prepare(tmp_path)  # the tokenizer beside the run
+    assert again.tokenizer.fingerprint() == tokenizer.fingerprint()
+    short = dataclasses.replace(data, context=20)
+    with pytest.raises(
+        InputError, match=r"data.context is 20, but a row of the task has \d+ tokens"
+    ):
+        short.prepare()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

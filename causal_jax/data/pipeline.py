@@ -32,8 +32,10 @@ class Data:
 
     Args:
         source: where the text (or the task's rows) comes from.
-        tokenizer: trained on the training documents and saved beside the run.
-        context: tokens per row; 0 with a task means the task's own length.
+        tokenizer: trained on the training documents and saved beside the run. A task of text
+            (needle, sniah, babilong) takes any, one of ids has its own.
+        context: tokens per row; 0 with a task means the task's own length. A task of text that is
+            read by another tokenizer than bytes may have any: its rows are padded behind.
         batch: rows per step, over all processes.
         packing: "concat" cuts the line of all documents into rows (with `shuffle` at other places
             in every epoch); "fit" keeps documents whole where they fit. See `data/packing.py`.
@@ -65,12 +67,13 @@ class Data:
 
     def _check_task(self, source: Synthetic) -> None:
         length = source.task.length
-        if self.context not in (0, length):
+        any_tokens = source.task.textual and self.tokenizer != Bytes()
+        if self.context not in (0, length) and not any_tokens:
             raise InputError(
                 f"data.context is {self.context}, the task's rows have {length} tokens; give 0, or "
                 "set the task's own length"
             )
-        if self.tokenizer not in (Bytes(), source.tokenizer()):
+        if self.tokenizer not in (Bytes(), source.tokenizer()) and not source.task.textual:
             raise InputError(
                 f"data.tokenizer is {self.tokenizer}, but the task is written in "
                 f"{source.tokenizer()}; leave the field at its default"
@@ -168,7 +171,8 @@ class Prepared:
                     f"validation context is {context} (stride {stride}): the task's rows have "
                     f"{self.config.context} tokens, each in one row; set the task's own length"
                 )
-            return Batches(TaskRows(source, seed=None), batch, self.process, limit)
+            rows = TaskRows(source, None, self.config.context, self.tokenizer)
+            return Batches(rows, batch, self.process, limit)
         stream = self.streams[split]
         if not stream.pairs:
             raise InputError(
@@ -268,12 +272,15 @@ def _prepare_text(config, folder, tokenizer, fingerprint, process) -> Prepared:
 
 
 def _prepare_task(config, source: Synthetic, folder, tokenizer, fingerprint, process) -> Prepared:
-    spec = source.tokenizer()
-    tokenizer = run_tokenizer(folder, spec, tokenizer, lambda: spec.train([]))
-    if tokenizer.fingerprint() != spec.train([]).fingerprint():
+    textual = source.task.textual
+    spec = config.tokenizer if textual else source.tokenizer()
+    new = functools.partial(spec.train, source.samples() if textual else [])
+    tokenizer = run_tokenizer(folder, spec, tokenizer, new)
+    if not textual and tokenizer.fingerprint() != spec.train([]).fingerprint():
         raise InputError(f"tokenizer: the task is written in {spec}; leave the argument out")
-    config = dataclasses.replace(config, context=source.task.length)
-    rows = TaskRows(source, config.seed)
+    config = dataclasses.replace(config, context=config.context or source.task.length)
+    rows = TaskRows(source, config.seed, config.context, tokenizer)
+    rows.batch([0])  # a context that is too short is refused now
     train = training_batches(
         rows,
         lambda items: rows.batch([i for _, i in items]),

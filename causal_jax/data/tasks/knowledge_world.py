@@ -76,7 +76,10 @@ class KnowledgeWorld:
     def reading(
         self, key: Key[Array, ""], batch: int
     ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-        """To learn to read from: random facts, then a question about each of them, answered.
+        """To learn to read from: random facts, then twice as many questions, each answered.
+
+        A fact may be asked for several times, so that what has been asked says nothing about what
+        comes (asked once each, the last can be told without reading).
 
         Returns:
             tokens, bos in front, no padding, no template; which of them are answers.
@@ -85,12 +88,12 @@ class KnowledgeWorld:
         shuffled = jax.vmap(jax.random.permutation, (0, None))
         entities = shuffled(jax.random.split(keys[0], batch), self.entities)[:, : self.facts]
         said = jax.random.randint(keys[1], entities.shape, 0, self.attributes)
-        order = shuffled(jax.random.split(keys[2], batch), self.facts)
+        order = jax.random.randint(keys[2], (batch, 2 * self.facts), 0, self.facts)
         facts = jnp.stack([7 + self.attributes + entities, 7 + said], -1)
         asked = jnp.take_along_axis(facts, order[..., None], 1)
-        mark = lambda token: jnp.full((batch, self.facts, 1), token)  # noqa: E731
-        told = jnp.concatenate([facts, mark(STOP)], -1).reshape(batch, -1)
-        asked = jnp.concatenate([mark(ASK), asked], -1).reshape(batch, -1)
+        mark = lambda x, token: jnp.full_like(x[..., :1], token)  # noqa: E731
+        told = jnp.concatenate([facts, mark(facts, STOP)], -1).reshape(batch, -1)
+        asked = jnp.concatenate([mark(asked, ASK), asked], -1).reshape(batch, -1)
         tokens = jnp.concatenate([jnp.full((batch, 1), BOS), told, asked], 1)
         place = jnp.arange(tokens.shape[1]) - told.shape[1] - 1
         answers = (place >= 0) & (place % 3 == 2)
