@@ -1,6 +1,6 @@
 """LAWCAT: from quadratic to linear attention with convolution across tokens (arXiv 2509.18467).
 
-    python -m causal_jax.reproduce lawcat            # two CPU cores, about 5 minutes
+    python -m causal_jax.reproduce lawcat            # two CPU cores
 
 A softmax decoder that finds a pass key in rows of 48 tokens becomes a linear one in two stages, at
 48 tokens only, and is then asked at 48 to 384. Claimed: the student finds the key far beyond the
@@ -12,8 +12,9 @@ To expect: the transfer loss falls more than tenfold; the student is nearly perf
 the teacher at chance. Gates make no difference here (the filler repeats, nothing has to be
 forgotten) and are reported only. Thresholds are the card's.
 
-Measured so far: seed 0, LAWCAT itself: the loss falls 15.8 times; 0.995, 1.00, 1.00, 0.965 at 48,
-96, 192, 384 tokens. The other variants, and whether it takes 5 minutes, are not measured.
+Never run to its end, so none of this is evidence yet; whether it takes 5 minutes is not known
+either. (Until its backward pass was written by hand, gated linear attention at these sizes ended
+the process on a CPU: see `pallas_kernels.gated_linear.xla`.)
 
 Full setting: `train --config configs/linearize_smollm2.py` does it to SmolLM2.
 
