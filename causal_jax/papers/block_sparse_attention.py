@@ -1,6 +1,7 @@
 """Block-sparse attention (no paper, arXiv -): exact softmax attention, in time of the live tiles.
 
     python -m causal_jax.reproduce block_sparse_attention    # two CPU cores, about 2 minutes
+    python -m causal_jax.reproduce block_sparse_attention --full    # one accelerator (never run)
 
 Not a paper: this library's own kernel, whose claims are held here to the same standard. Under any
 mask of the algebra, tiles that allow nothing are neither read nor multiplied. So the result is that
@@ -61,6 +62,11 @@ class BlockSparseAttention(Paper):
         self.need(self.length >= 512 and self.length % 256 == 0, "length", "a multiple of 256")
         self.need(self.compared >= 128, "compared", "at least 128")
         self.need(self.repeats >= 1, "repeats", "at least 1")
+
+    @classmethod
+    def full(cls) -> "BlockSparseAttention":
+        """One accelerator; the program of all scores alone takes 4 GiB several times over."""
+        return cls(length=16384, compared=1024, repeats=10)
 
     @classmethod
     def smoke(cls) -> "BlockSparseAttention":
