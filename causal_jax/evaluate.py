@@ -9,6 +9,10 @@ same targets, each with at least context - stride tokens (of its own document) b
 Tasks: the answer tokens are compared with the likeliest ones, the earlier tokens of the answer
 given. All of a row's answer right is the same as greedy generation writing it without a mistake:
 generation leaves the answer at its first wrong token, and not before.
+
+With --window N a task's row is read N tokens at a time, as decoding reads it, and what the model
+remembers is carried on: the memory needed is that of one window and of this state, which the table
+shows. A model of constant state answers rows of any length so; of attention the state grows.
 """
 
 import argparse
@@ -38,16 +42,24 @@ TASK_SEED = HELD_OUT_SEED  # the stream that training validates on, never trains
 _LOGITS = 1 << 26  # most float32 logits to hold at a time
 
 
-def score(model: Any, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    model: Any, batch: Mapping[str, Any], window: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """What the model makes of every target.
 
     Args:
         model: with `hidden` and `unembed`, such as a `DecoderModel`.
         batch: tokens, targets, segments, positions [B, T].
+        window: read so many tokens at a time (`init_cache`, `extend_hidden`); None: all at once.
 
     Returns:
         -log p(target) in nats, float32 [B, T]; whether the target is the likeliest, bool [B, T].
+
+    Raises:
+        InputError: a window, and rows of more than one document.
     """
+    if window is not None:
+        return _score_streaming(model, batch, window)
     graph, params = nnx.split(model)
     names = ("tokens", "targets", "segments", "positions")
     return jax.device_get(_score(graph, params, {name: batch[name] for name in names}))
@@ -57,6 +69,54 @@ def score(model: Any, batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]
 def _score(graph: Any, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     model, targets = nnx.merge(graph, params), batch["targets"]
     h = model.hidden(batch["tokens"], segments=batch["segments"], positions=batch["positions"])
+    return _told(model, h, targets)
+
+
+def _score_streaming(model: Any, batch: Mapping[str, Any], window: int):
+    """`score`, window after window."""
+    segments, tokens = np.asarray(batch["segments"]), np.asarray(batch["tokens"])
+    if (segments > 0).any():
+        raise InputError(
+            f"window={window}: rows of several documents are read whole, expected None"
+        )
+    (rows, length), (graph, params) = tokens.shape, nnx.split(model)
+    behind = ((0, 0), (0, -length % window))  # seen by nobody
+    tokens, targets = (np.pad(x, behind) for x in (tokens, np.asarray(batch["targets"])))
+    # a buffer of its own for every leaf, as all are given away
+    cache, told = jax.tree.map(jnp.copy, model.init_cache(rows, tokens.shape[1])), []
+    for at in range(0, tokens.shape[1], window):
+        here = slice(at, at + window)
+        cache, *said = _next(graph, params, cache, tokens[:, here], targets[:, here])
+        told.append(jax.device_get(said))
+    nll, best = (np.concatenate(x, 1)[:, :length] for x in zip(*told, strict=True))
+    return nll, best
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _next(graph: Any, params: Any, cache: Any, tokens: jax.Array, targets: jax.Array):
+    model = nnx.merge(graph, params)
+    h, cache = model.extend_hidden(tokens, cache)
+    return cache, *_told(model, h, targets)
+
+
+def state_bytes(model: Any, length: int) -> int:
+    """Bytes of what the model remembers of one row of `length` tokens, by its cache."""
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(model.init_cache(1, length)))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def peak_mib() -> float:
+    """Most memory that this process has had so far, in MiB (nan where that is not told)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _told(model: Any, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """nll and best from hidden states, a few logits at a time."""
     rows, length = targets.shape
     piece = max(1, min(length, _LOGITS // (rows * model.spec.vocab)))
     padding = -length % piece
@@ -166,6 +226,7 @@ def score_task(
     rows: int = 256,
     batch: int = 32,
     seed: int = TASK_SEED,
+    window: int | None = None,
 ) -> TaskScore:
     """Ask a model rows 0..rows-1 of stream `seed` of a task.
 
@@ -175,6 +236,7 @@ def score_task(
         rows: how many rows.
         batch: rows at a time; the result does not depend on it.
         seed: of the stream; the default is the one that training keeps apart.
+        window: as of `score`.
     """
     total = TaskScore(0, 0, 0, 0, 0.0)
     for first in range(0, rows, batch):
@@ -183,7 +245,7 @@ def score_task(
         text = {"tokenizer": tokenizer} if task.textual else {}
         made = task.batch(seed, indices, **text)
         made = _padded(made, 64) if task.textual else made
-        nll, best = score(model, made)
+        nll, best = score(model, made, window)
         asked = np.array(made["weights"]) > 0
         asked[rows - first :] = False
         real = asked.any(axis=1)
@@ -298,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("rows", "stride", "batch", "limit"):
+    for name in ("rows", "stride", "batch", "limit", "window"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: at least 1")
@@ -311,6 +373,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if contexts or args.split:
             raise InputError(f"--run {args.run}: trained on a task, which has no text; use --task")
         wanted, text = [source.task], False
+    if text and args.window:
+        raise InputError(f"--window {args.window}: for tasks; text is read in rows (--context)")
     for task in wanted:
         check_task(run, task)
     report: dict[str, Any] = {"run": str(args.run), "step": run.step, "text": [], "tasks": []}
@@ -324,9 +388,14 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for task in wanted:
         seed = TASK_SEED if args.seed is None else args.seed
         sizes = {"rows": args.rows, "batch": args.batch or 32, "seed": seed}
+        sizes["window"] = args.window
         got = score_task(run.model, task, tokenizer=run.tokenizer, **sizes)
         dials = {"task": tasks.name_of(task)} | dataclasses.asdict(task)
-        report["tasks"].append(dials | {"seed": seed} | got.figures())
+        figures = {"seed": seed} | got.figures()
+        if args.window:
+            state = state_bytes(run.model, task.length)
+            figures |= {"window": args.window, "state_bytes": state, "peak_mib": peak_mib()}
+        report["tasks"].append(dials | figures)
     _print(report["tasks"])
     return report
 
@@ -422,6 +491,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, metavar="N", help="of the tasks' rows; default: one kept from training")
     add("--batch", type=int, metavar="N", help="rows at a time; changes speed, not results")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="read a task's rows N tokens at a time and carry the model's state: any length in the "
+        "memory of a window",
+    )
     add("--limit", type=int, metavar="N", help="at most so many batches of text")
     add("--out", metavar="FILE", help="write all figures as JSON")
     return parser

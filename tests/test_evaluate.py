@@ -25,7 +25,9 @@ from causal_jax.data.tasks.needle import Needle
 from causal_jax.data.tasks.recall import Recall
 from causal_jax.data.tokenizers import BPE, Bytes, Ids
 from causal_jax.errors import InputError
+from causal_jax.memory import Delta
 from causal_jax.models.decoder import Decoder
+from causal_jax.nn.titans import LMM
 from causal_jax.training.checkpoint import Store
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.run import Run, load_run
@@ -72,6 +74,21 @@ def test_score_is_log_softmax_and_argmax(monkeypatch):
         nll, best = evaluate.score(model, batch)
         np.testing.assert_allclose(nll, want, atol=2e-5)
         np.testing.assert_array_equal(best, logits.argmax(-1) == batch["targets"])
+
+
+@pytest.mark.parametrize("mixer", [None, LMM(memory=Delta(tile=4), persistent=1)])
+def test_a_row_read_window_after_window_is_the_row(mixer):
+    changes = {} if mixer is None else {"attention": (mixer,)}
+    model, task = build(**changes), Recall(length=20, pairs=2, keys=6, values=6)
+    batch = task.batch(0, range(3))
+    for whole, parts in zip(evaluate.score(model, batch), evaluate.score(model, batch, 8)):
+        assert parts.shape == (3, 20)
+        np.testing.assert_allclose(parts, whole, atol=1e-4)
+    grows = evaluate.state_bytes(model, 64) / evaluate.state_bytes(model, 32)
+    assert (grows == 1) == (mixer is not None)
+    batch["segments"] = np.tile(np.arange(20) // 10, (3, 1))
+    with pytest.raises(InputError, match="window=8"):
+        evaluate.score(model, batch, 8)
 
 
 def test_a_model_that_knows_nothing():
