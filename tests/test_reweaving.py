@@ -150,15 +150,20 @@ def test_cut_at_any_border_it_is_the_same():
     np.testing.assert_allclose(end.mem, last.mem, atol=1e-6)
 
 
-@pytest.mark.parametrize("scorer", ["learned"])
-def test_decoding_equals_the_pass(scorer):
+@pytest.mark.parametrize(("scorer", "sizes"), [("learned", (5, 7)), ("surprise", (2, 2, 8))])
+def test_decoding_equals_the_pass(scorer, sizes):
+    """Cut inside a segment, at its end, and where whole segments are read at once."""
     m, tokens = model(scorer=scorer), ids()
     cache = m.init_cache(2, 99)
     graph, params = nnx.split(m)
     step = jax.jit(lambda p, t, c: nnx.merge(graph, p).extend_hidden(t, c))
-    one, cache = step(params, tokens[:, :5], cache)
-    two, cache = step(params, tokens[:, 5:], cache)
-    np.testing.assert_allclose(jnp.concatenate([one, two], 1), read(m, tokens)[0], atol=1e-4)
+    parts, at = [], 0
+    for size in sizes:
+        part, cache = step(params, tokens[:, at : at + size], cache)
+        parts.append(part)
+        at += size
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), read(m, tokens)[0], atol=1e-4)
+    assert int(cache.length) == S * C
 
 
 def test_one_program_for_any_number_of_segments():

@@ -141,6 +141,18 @@ class RewovenModel(nnx.Module):
         Raises:
             InputError: T is no multiple of the segment.
         """
+        h, store, apart, _ = self._read(tokens, store, segments, key)
+        return h, store, apart.mean()
+
+    def scores(
+        self, tokens: Int[Array, "B T"], store: Store, *,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:  # fmt: skip
+        """The score of every token as `read` captures by it; arguments and errors are its."""
+        return self._read(tokens, store, segments, None)[3]
+
+    def _read(self, tokens: Array, store: Store, segments: Array | None, key: Array | None):
+        """Hidden states, the last store, each segment's distance, scores."""
         C, (B, T) = self.reweaving.segment, tokens.shape
         if T % C:
             raise InputError(f"{T} tokens: expected a multiple of reweaving.segment={C}")
@@ -150,11 +162,12 @@ class RewovenModel(nnx.Module):
 
         def body(store, xs):
             tokens, ids = xs
-            h, store, apart = nnx.merge(graph, params)._segment(tokens, ids, store, key)
-            return store, (h, apart)
+            h, store, apart, r = nnx.merge(graph, params)._segment(tokens, ids, store, key)
+            return store, (h, apart, r)
 
-        store, (h, apart) = jax.lax.scan(body, store, (cut(tokens), cut(ids)))
-        return jnp.moveaxis(h, 0, 1).reshape(B, T, -1), store, apart.mean()
+        store, (h, apart, r) = jax.lax.scan(body, store, (cut(tokens), cut(ids)))
+        whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])  # noqa: E731
+        return whole(h), store, apart, whole(r)
 
     def _segment(self, tokens: Array, ids: Array, store: Store, key: Array | None):
         every = self.reweaving.bptt
@@ -172,16 +185,18 @@ class RewovenModel(nnx.Module):
             logp = jax.nn.log_softmax(self.unembed(h[:, :-1]))
             surprise = -jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
             surprise = jnp.pad(surprise, ((0, 0), (0, 1)))
-        return h, self._after(store, states, ids, surprise), apart
+        store, r = self._after(store, states, ids, surprise)
+        return h, store, apart, r
 
     def _states(self, acts: dict[str, Array]) -> Array:
         """Outputs of the captured layers, [B, n, C, D]."""
         chosen = jnp.asarray(self.reweaving.captures(self.base.spec.layers))
         return jnp.moveaxis(acts["resid_post"][chosen], 0, 1)
 
-    def _after(self, store: Store, states: Array, ids: Array, surprise: Array | None) -> Store:
+    def _after(self, store: Store, states: Array, ids: Array, surprise: Array | None):
+        """The store after a segment, and its tokens' scores."""
         r = self.reweaving.score(self.weights.tree(), states, store.count, surprise)
-        return self.reweaving.captured_into(store, states, r, ids)
+        return self.reweaving.captured_into(store, states, r, ids), r
 
     def _edits(self, store: Store, ids: Array):
         """The edits that weave the store in, and the distance of the reconstruction."""
@@ -221,44 +236,81 @@ class RewovenModel(nnx.Module):
     def extend(
         self, tokens: Int[Array, "B T"], cache: RewovenCache, *, tap: Tap = OFF
     ) -> tuple[Float[Array, "B T V"], RewovenCache]:
-        """Read T more tokens, one after the other; logits and the cache after them."""
+        """Read T more tokens; logits and the cache after them."""
         h, cache = self.extend_hidden(tokens, cache, tap=tap)
         return tap("logits", self.unembed(h)), cache
 
     def extend_hidden(
         self, tokens: Int[Array, "B T"], cache: RewovenCache, *, tap: Tap = OFF
     ) -> tuple[Float[Array, "B T D"], RewovenCache]:
-        """`extend` up to the final norm."""
+        """`extend` up to the final norm.
+
+        From a segment's beginning whole segments are passes; tokens that stay inside the segment
+        are one pass. Only what begins inside a segment and leaves it is read token after token.
+        """
+        T, C = tokens.shape[1], self.reweaving.segment
         graph, params = nnx.split(self)
+        here = lambda: nnx.merge(graph, params)  # noqa: E731
 
-        def body(cache, token):
-            h, cache = nnx.merge(graph, params)._token(token[:, None], cache)
-            return cache, h[:, 0]
+        def one_by_one(cache):
+            def body(cache, token):
+                h, cache = here()._within(token[:, None], here()._flushed(cache))
+                return cache, h[:, 0]
 
-        cache, h = jax.lax.scan(body, cache, jnp.moveaxis(tokens, 1, 0))
-        return jnp.moveaxis(h, 0, 1), cache
+            cache, h = jax.lax.scan(body, cache, jnp.moveaxis(tokens, 1, 0))
+            return jnp.moveaxis(h, 0, 1), cache
 
-    def _token(self, token: Array, c: RewovenCache):
-        C, one = self.reweaving.segment, jnp.zeros((len(token), 1), jnp.int32)
+        def from_border(cache):
+            model, cache, whole = here(), here()._flushed(cache), (T - 1) // C * C
+            h = []
+            if whole:
+                passed, store, _ = model.read(tokens[:, :whole], cache.store)
+                length = cache.length + whole
+                cache = dataclasses.replace(cache, store=store, last=passed[:, -1], length=length)
+                h.append(passed)
+            rest, cache = model._within(tokens[:, whole:], cache)
+            return jnp.concatenate([*h, rest], 1), cache
+
+        if T == 1:
+            return one_by_one(cache)
+        at, ways = cache.length % C, [one_by_one, from_border]
+        way = (at == 0).astype(jnp.int32)
+        if T < C:
+            ways.append(lambda cache: here()._within(tokens, cache))
+            way = jnp.where((at > 0) & (at + T <= C), 2, way)
+        return jax.lax.switch(way, ways, cache)
+
+    def _flushed(self, c: RewovenCache) -> RewovenCache:
+        """At a border the segment behind it goes into the store."""
+        batch, C = c.surprise.shape
+
+        def kept():
+            surprise = c.surprise.at[:, -1].set(0.0)  # of a token of the next segment
+            ids = jnp.zeros((batch, C), jnp.int32)
+            store, _ = self._after(c.store, c.states, ids, surprise)
+            return store, self.base.init_cache(batch, C)
+
+        border = (c.length % C == 0) & (c.length > 0)
+        store, base = jax.lax.cond(border, kept, lambda: (c.store, c.base))
+        return dataclasses.replace(c, store=store, base=base)
+
+    def _within(self, tokens: Array, c: RewovenCache):
+        """Tokens that do not reach beyond the segment: hidden states and the cache."""
+        C, (batch, T) = self.reweaving.segment, tokens.shape
         at = c.length % C
-        if self.reweaving.scorer == "surprise":
-            logp = jax.nn.log_softmax(self.unembed(c.last))
-            told = -jnp.take_along_axis(logp, token, -1)
-            place = jnp.where(at == 0, C, at - 1)  # beyond the end: dropped
-            c = dataclasses.replace(
-                c, surprise=c.surprise.at[:, place].set(told[:, 0], mode="drop")
-            )
-        ids, surprise = jnp.zeros(c.surprise.shape, jnp.int32), c.surprise.at[:, -1].set(0.0)
-        store, base = jax.lax.cond(
-            (at == 0) & (c.length > 0),
-            lambda: (self._after(c.store, c.states, ids, surprise),
-                     self.base.init_cache(len(token), C)),
-            lambda: (c.store, c.base),
-        )  # fmt: skip
-        edits, _ = self._edits(store, one)
+        edits, _ = self._edits(c.store, jnp.zeros((batch, 1), jnp.int32))
         (h, base), acts = run(
-            self.base.extend_hidden, token, base, edits=edits, capture=["resid_post"]
+            self.base.extend_hidden, tokens, c.base, edits=edits, capture=["resid_post"]
         )
+        surprise = c.surprise
+        if self.reweaving.scorer == "surprise":
+            before = jnp.concatenate([c.last[:, None].astype(h.dtype), h[:, :-1]], 1)
+            logp = jax.nn.log_softmax(self.unembed(before))
+            told = -jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+            places = at - 1 + jnp.arange(T)
+            places = jnp.where(places < 0, C, places)  # of the segment before: dropped
+            surprise = surprise.at[:, places].set(told, mode="drop")
         new = self._states(acts).astype(c.states.dtype)
         states = jax.lax.dynamic_update_slice_in_dim(c.states, new, at, 2)
-        return h, RewovenCache(base, store, states, c.surprise, h[:, 0], c.length + 1)
+        last = h[:, -1].astype(c.last.dtype)
+        return h, RewovenCache(base, c.store, states, surprise, last, c.length + T)
