@@ -10,6 +10,8 @@ from causal_jax.papers._catalogue import OWN, SYSTEMS
 from causal_jax.reproduce.folder import RunFolder
 
 NAMES = papers.names()
+# many models, each a program of its own: minutes of compiling
+SLOW = ("contextual_memory_reweaving", "gam", "lawcat", "titans")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,9 +29,7 @@ def test_the_entry_describes_itself(name):
 
 
 @pytest.mark.parametrize(
-    # lawcat: four minutes of compiling, five variants of three stages
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if n == "lawcat" else ()) for n in NAMES],
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NAMES]
 )
 def test_the_entry_runs(name, tmp_path):
     settings = papers[name].smoke()

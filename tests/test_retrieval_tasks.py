@@ -3,12 +3,16 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from causal_jax.data.tasks import parse_tasks
 from causal_jax.data.tasks.babilong import Babilong
+from causal_jax.data.tasks.markov import Markov
 from causal_jax.data.tasks.passkey import Passkey
+from causal_jax.data.tasks.segmented_recall import SegmentedRecall
 from causal_jax.data.tasks.sniah import Sniah
 from causal_jax.errors import InputError
 
@@ -83,7 +87,56 @@ def test_babilong_follows_its_story(kind, extra):
         assert len({answer for _, answer in texts}) == 6
 
 
-@pytest.mark.parametrize("task", [Passkey(), Sniah(kind="w"), Babilong(kind="qa3")], ids=str)
+@pytest.mark.parametrize("skew", [0.0, 1.5])
+def test_segmented_recall_asks_for_what_stands_in_another_segment(skew):
+    task = SegmentedRecall(length=48, segment=8, pairs=3, keys=6, values=5, fillers=4, skew=skew)
+    sequence, asked = task.sequences(np.random.default_rng(0).random((200, task.draws)))
+    assert sequence.shape == asked.shape == (200, 49)
+    np.testing.assert_array_equal(asked.sum(1), 3)
+    distances = task.distances(sequence)
+    for row, places, apart in zip(sequence, np.argwhere(asked)[:, 1].reshape(-1, 3), distances):
+        bound = {}
+        for at in np.flatnonzero(row[:40] < 6):
+            assert at % 8 < 7  # its value is in the same segment
+            bound[row[at]] = (row[at + 1], 5 - at // 8)
+        assert len(bound) == len({d for _, d in bound.values()}) == 3
+        assert places.min() >= 43
+        for at in places:
+            assert (row[at], apart[at]) == bound[row[at - 1]]
+    keys = np.bincount(sequence[sequence < 6], minlength=6)
+    assert (keys[0] > 2 * keys[5]) == (skew > 0)
+    drawn, also = task.draw(jax.random.key(0), 4)
+    assert drawn.shape == also.shape == (4, 49)
+
+
+def test_markov_chains_have_the_entropies_they_say():
+    task = Markov(length=400, symbols=3, order=2, concentration=0.5)
+    table, often = task.table(), task.stationary()
+    np.testing.assert_allclose(table.sum(1), 1.0)
+    flow = (often[:, None] * table).reshape(3, 3, 3).sum(0).reshape(-1)
+    np.testing.assert_allclose(flow, often, atol=1e-9)
+    rows = task.batch(0, range(200))
+    whole = np.concatenate([rows["tokens"], rows["targets"][:, -1:]], 1)
+    context = 3 * whole[:, :-2] + whole[:, 1:-1]
+    nats = -np.log(table[context, whole[:, 2:]]).mean()
+    assert nats == pytest.approx(task.entropy(), abs=0.02)
+    np.testing.assert_allclose(
+        np.bincount(context.ravel(), minlength=9) / context.size, often, atol=0.02
+    )
+    assert task.entropy() <= task.entropy(1) <= task.entropy(0) <= np.log(3)
+    tables = jnp.asarray(table), jnp.asarray(often)
+    drawn, asked = map(np.asarray, task.draw(jax.random.key(0), 100, *tables))
+    context = 3 * drawn[:, :-2] + drawn[:, 1:-1]
+    nats = -np.log(table[context, drawn[:, 2:]]).mean()
+    assert nats == pytest.approx(task.entropy(), abs=0.03)
+    assert drawn.shape == asked.shape == (100, 401)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Passkey(), Sniah(kind="w"), Babilong(kind="qa3"), SegmentedRecall(), Markov()],
+    ids=str,
+)
 def test_rows_depend_on_seed_and_index_alone(task):
     batch, twin = task.batch(5, [7, 1, 900]), dataclasses.replace(task)
     for name, value in batch.items():
@@ -105,6 +158,11 @@ def test_rows_depend_on_seed_and_index_alone(task):
         ("babilong:extra=-1", "extra"),
         ("sniah:kind=x", "kind"),
         ("babilong:kind=qa1", "kind"),
+        ("segmented_recall:length=50", "length"),
+        ("segmented_recall:pairs=8", "pairs"),
+        ("segmented_recall:segment=4", "segment"),
+        ("markov:order=9", "order"),
+        ("markov:concentration=0", "concentration"),
     ],
 )
 def test_impossible_dials_are_named(line, field):

@@ -33,6 +33,7 @@ def train(
     span: tuple[float | int, float | int] = (0.0, 1.0),
     text: str = "training",
     together: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Params, dict[str, np.ndarray]]:
     """Train one model per seed by `steps` updates theta <- theta - lr(t) (direction + decay theta).
 
@@ -53,6 +54,7 @@ def train(
             end only.
         report, span, text: where to say how far it is: this training is the part `span` of a run.
         together: all seeds in one vectorised program; False: one after another (large models).
+        options: of the compiler, as `jax.jit` takes them.
 
     Returns:
         The parameters, stacked over seeds [seeds, ...], and the records {name: [seeds, records,
@@ -90,8 +92,10 @@ def train(
         look = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), state[2])
         return state, record(state[0], look, *constants) | {"loss": total / count}
 
-    start = jax.jit(jax.vmap(begin))
-    go = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=0)
+    start = jax.jit(jax.vmap(begin), compiler_options=options)
+    go = jax.jit(
+        jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=0, compiler_options=options
+    )
 
     def run(group):
         """The final parameters and all records of some seeds."""
