@@ -159,7 +159,7 @@ def _xla(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     if on_cpu:
         schedule = Schedule.build(live.cnt, live.idx, live.kind)
-        if live.is_host and tiles.block_q == 2 * tiles.block_k:
+        if live.is_host and min(T, S) >= tiles.block_q == 2 * tiles.block_k:
             tiles, schedule = _closest(tiles, schedule, mask, T, S, q_offset)
     else:
         schedule = Schedule.joined(live.tiles())
@@ -194,8 +194,9 @@ def _closest(
     """The tiles that cover least of what is not allowed, where it is a tenth less at least.
 
     A window of 256 keys covers 768 keys per query in tiles of 512 x 256; 512 in flat ones of
-    256 x 512 that begin at any column; 384 in narrow ones of 128 x 384, one for each tile of
-    queries, whose products are so small that XLA runs them on one core unless they are kept apart.
+    256 x 512 that begin at any column; 384 or 320 in narrow ones of 128 x 384 or 64 x 320, one for
+    each tile of queries, whose products are so small that XLA runs them on one core unless they are
+    kept apart.
     """
     best, columns = (tall, schedule), tall.block_k * schedule.count.mean()
     side = tall.block_k
@@ -205,13 +206,14 @@ def _closest(
         columns = 2 * side * flat.count.mean()
     if columns > NARROW:
         return best
-    side //= 2
-    grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()
-    width = Schedule.span(grid)
-    if 1.1 * side * width > columns:
-        return best
-    tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=8)
-    return tiles, Schedule.spanned(grid, width)
+    for side in (tall.block_k // 2, tall.block_k // 4):
+        grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()
+        width = Schedule.span(grid)
+        if 1.1 * side * width > columns:
+            break
+        tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=8)
+        best, columns = (tiles, Schedule.spanned(grid, width)), side * width
+    return best
 
 
 def _tiles(T: int, S: int) -> Tiles:
