@@ -56,7 +56,7 @@ interpreted = functools.partial(gated_linear_tpu, interpret=True)
 @pytest.mark.parametrize(
     ("sizes", "chunk", "tol"),
     [
-        ({}, 16, 1e-5),
+        pytest.param({}, 16, 1e-5, marks=pytest.mark.slow),
         ({"T": 35, "documents": True, "scale": 20.0}, 16, 1e-5),
         pytest.param({"T": 150, "scale": 20.0}, 64, 1e-5, marks=pytest.mark.slow),
         pytest.param({"T": 150, "documents": True}, 64, 1e-5, marks=pytest.mark.slow),
