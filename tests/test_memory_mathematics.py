@@ -10,9 +10,14 @@ from titans_pytorch_numbers import CASES as PARITY
 from titans_pytorch_numbers import FILE
 
 from causal_jax.memory import Deep, Delta, Gates
-from causal_jax.memory._chunks import segment_sums, unit_lower_inverse
 from causal_jax.memory.delta import momentum_delta
 from causal_jax.memory.parity import parity_memory, parity_params, parity_spec
+from pallas_kernels.memory_chunk.decay import (
+    inverse_by_masks,
+    segment_sums,
+    sums_by_product,
+    unit_lower_inverse,
+)
 
 
 def inputs(T=37, N=2, H=8, V=8, B=1, seed=0):
@@ -71,6 +76,28 @@ def test_without_momentum_it_is_gated_deltanet():
     assert np.abs(naive - np.stack(ys, 1)).max() > 1e-2
 
 
+def test_without_momentum_and_decay_anchors_are_the_inner_loop_of_ttt():
+    """W_t = W_b - sum of theta_i grad l_i(W_b) over tokens of the chunk (arXiv 2407.04620)."""
+    q, k, v, theta, *_ = inputs(T=16)
+    theta, C, W = 0.1 * theta, 8, 0.3 * np.random.default_rng(2).standard_normal((2, 8, 8))
+    ys, start = [], W.copy()
+    for t in range(16):
+        if t % C == 0:
+            anchor = W.copy()
+        kt = k[0, t, :, None]
+        W = W - theta[0, t, :, None, None] * np.swapaxes(kt, -1, -2) @ (
+            kt @ anchor - v[0, t, :, None]
+        )
+        ys.append((q[0, t, :, None] @ W)[:, 0])
+    memory = Deep(anchor=C, depth=1, around="none", momentum=False, decay=False)
+    params = memory.init(jax.random.key(0), width=16, heads=2)
+    leaves = {"w0": jnp.asarray(start, jnp.float32)}
+    state = memory.init_state({**params, "memory": leaves}, 1)
+    y, state = memory.run(leaves, state, *single(q, k, v), Gates(*single(theta)), aligned=True)
+    np.testing.assert_allclose(y[0], np.stack(ys), atol=1e-5)
+    np.testing.assert_allclose(state.weights["w0"][0], W, atol=1e-5)
+
+
 def test_anchor_one_is_exact_and_anchors_are_not():
     q, k, v, theta, a, eta = inputs(T=16)
     gates = Gates(*single(theta, np.log(a), np.log(eta)))
@@ -112,13 +139,15 @@ def test_sums_and_inverses_are_accurate():
     logs = np.random.default_rng(0).uniform(-0.1, 0, (3, 50))
     logs[:, 20:25] = -200.0
     true = np.cumsum(logs, -1)[:, :, None] - np.cumsum(logs, -1)[:, None]
-    ours = np.asarray(segment_sums(jnp.asarray(logs, jnp.float32)))
     rows, columns = np.tril_indices(50)
-    np.testing.assert_allclose(ours[:, rows, columns], true[:, rows, columns], rtol=2e-6, atol=1e-6)
+    for sums in (segment_sums, sums_by_product):
+        ours = np.asarray(sums(jnp.asarray(logs[:, None], jnp.float32)))[:, rows, columns]
+        np.testing.assert_allclose(ours, true[:, rows, columns], rtol=2e-6, atol=1e-6)
     keys = np.ones((128, 4)) / 2 + 0.01 * np.random.default_rng(1).standard_normal((128, 4))
     x = np.tril(keys @ keys.T, -1)
     true = np.linalg.inv(np.eye(128) + x)
-    np.testing.assert_allclose(unit_lower_inverse(jnp.asarray(x, jnp.float32)), true, atol=1e-5)
+    for inverse in (unit_lower_inverse, inverse_by_masks):
+        np.testing.assert_allclose(inverse(jnp.asarray(x, jnp.float32)), true, atol=1e-5)
 
 
 @pytest.mark.parametrize(

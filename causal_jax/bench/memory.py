@@ -2,8 +2,11 @@
 
     parity    titans-pytorch's `NeuralMemory` and the same arithmetic here, forward, and forward
               with the gradients of all parameters and inputs; `--rss` adds peak host memory
-    tokens    the exact linear memory in tiles beside its token scan, at the last of `--seq`
+    tokens    the exact linear memory in tiles beside its token scan, at the last of `--seq`, with
+              the heads asked for and with one head of the same width; forward, and with gradients
     lengths   the tiles at all of `--seq`: is time proportional to the length?
+    layer     a MAG layer beside a layer of exact causal attention of equal width, `--length` tokens
+    decode    one token of a MAG layer, and its state, at positions up to `--last`
 
 "of floor": time that 12 operations per weight of M and token (36 with gradients) take at the rate
 of a plain matrix product measured in the same turns, over the time taken. titans-pytorch's rule
@@ -18,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from causal_jax.bench import peers
+from causal_jax.bench import memory_layers, peers
 from causal_jax.bench.options import positive, words
 from causal_jax.bench.report import Record, Writer, add_ratios, case_table, proportionality
 from causal_jax.bench.timing import Candidate, jax_candidate, matmul, matmul_flops, measure
@@ -26,7 +29,7 @@ from causal_jax.errors import InputError
 from causal_jax.memory import Deep, Delta
 from causal_jax.memory.parity import parity_memory, parity_params, parity_spec
 
-PARTS = ("parity", "tokens", "lengths")
+PARTS = ("parity", "tokens", "lengths", "layer", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=64, help="chunk and tile")
     parser.add_argument("--heads", default="4x64", metavar="NxH", help="of the linear memory")
     parser.add_argument("--seq", default="1024,2048,4096", metavar="LIST", help="its lengths")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the layers")
+    parser.add_argument("--last", type=int, default=65536, help="last position of decoding")
 
 
 def run(args: argparse.Namespace, writer: Writer) -> None:
@@ -57,10 +62,13 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
     N, _, H = args.heads.partition("x")
     heads = positive(N, "heads"), positive(H, "heads")
     if "tokens" in parts:
-        records = tokens(args, lengths[-1], *heads)
-        writer.add(records)
-        print(f"\nexact linear memory, {args.heads} heads, {lengths[-1]} tokens, tile {args.chunk}")
-        print(_table(records, ["token scan"]), flush=True)
+        for backward in (False, True):
+            for N, H in dict.fromkeys([heads, (1, heads[0] * heads[1])]):
+                records = tokens(args, lengths[-1], N, H, backward)
+                writer.add(records)
+                print(f"\nexact linear memory, {N}x{H}, {lengths[-1]} tokens, tile {args.chunk}, "
+                      f"{'forward and backward' if backward else 'forward'}")  # fmt: skip
+                print(_table(records, ["token scan"]), flush=True)
     if "lengths" in parts:
         records = by_length(args, lengths, *heads)
         writer.add(records)
@@ -68,6 +76,19 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
         print(_table(records, []), flush=True)
         if fit := proportionality([(r["tokens"], r["min_s"]) for r in records]):
             print(f"seconds = {fit['intercept']:.2e} + {fit['slope']:.2e} n, r2 {fit['r2']:.4f}")
+    if "layer" in parts:
+        records = memory_layers.layer(args, args.length, *heads)
+        add_ratios(records, ["exact attention"])
+        writer.add(records)
+        print(f"\nlayers of width {heads[0] * heads[1]}, {args.length} tokens, forward")
+        print(case_table(records, ["exact attention"]), flush=True)
+    if "decode" in parts:
+        positions = [p for p in (64, 1024, 16384, args.last) if p <= args.last]
+        records = memory_layers.decode(args, list(dict.fromkeys(positions)), *heads)
+        writer.add(records)
+        print("\none token of a MAG layer; bytes of its state: "
+              + ", ".join(f"{r['state_bytes']:,}" for r in records))  # fmt: skip
+        print(case_table(records, []), flush=True)
 
 
 def parity(args: argparse.Namespace, backward: bool) -> list[Record]:
@@ -103,19 +124,29 @@ def parity(args: argparse.Namespace, backward: bool) -> list[Record]:
     return records
 
 
-def tokens(args: argparse.Namespace, T: int, N: int, H: int) -> list[Record]:
+def tokens(args: argparse.Namespace, T: int, N: int, H: int, backward: bool) -> list[Record]:
     """The linear memory in tiles and token after token."""
     spec = Delta(tile=args.chunk)
     inputs = _linear_inputs(spec, args.seed, T, N, H)
+
+    def both(implementation: str) -> Any:
+        forward = _linear(spec, implementation)
+
+        def total(*inputs: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(forward(*inputs)[0]))
+
+        return jax.grad(total, argnums=(2, 3, 4, 5)) if backward else forward
+
     candidates = [
-        jax_candidate(name, _linear(spec, implementation), *inputs, collect=_first)
+        jax_candidate(name, both(implementation), *inputs, collect=_first)
         for name, implementation in (("token scan", "reference"), ("tiles", "chunked"))
     ]
-    records = _timed(candidates, args, spec.cost(T, N, H), T)
+    records = _timed(candidates, args, spec.cost(T, N, H) * (3 if backward else 1), T)
     scan, tiles = (c.collect(c.call())[0] for c in candidates)  # pyright: ignore
     records[1]["max_diff"] = float(np.abs(scan - tiles).max())
     records = [
-        {"part": "tokens", "heads": N, "head_dim": H, "tile": args.chunk} | r for r in records
+        {"part": "tokens", "heads": N, "head_dim": H, "tile": args.chunk, "backward": backward} | r
+        for r in records
     ]
     add_ratios(records, ["token scan"])
     return records

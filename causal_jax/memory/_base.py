@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax.errors import InputError
-from causal_jax.memory import _layer, _reference
-from causal_jax.memory._network import Network
+from causal_jax.memory import _kernels, _layer, _reference
 from causal_jax.memory._state import Gates, Leaves, MemState, describe
 from causal_jax.registry import Registry
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
+from pallas_kernels.memory_chunk.network import Network
 
 memories = Registry("memory", "causal_jax.memory")
 
@@ -143,14 +143,20 @@ class MemorySpec:
             aligned: promise that `state.position` is a multiple of the anchor chunk, which saves a
                 chunk's work (memories without one do not care).
             tap: site `surprise` [B, T, N], |M(k_t) - v_t|^2 / 2 at the anchor.
-            implementation: None, "chunked" or "reference".
+            implementation: None (the best known here: "chunked"), "chunked" (XLA), "reference", or
+                a kernel by its name, "tpu" or "gpu".
 
         Returns:
             y in v's dtype, and the state after the last token.
+
+        Raises:
+            InputError: shapes or names that do not fit; a state of another memory.
+            NotImplementedError: a named kernel cannot serve; the message says why.
         """
-        if implementation not in (None, "chunked", "reference"):
+        if implementation not in (None, "chunked", "reference", *_kernels.NAMES):
             raise InputError(
-                f"implementation={implementation!r}: expected None, 'chunked' or 'reference'"
+                f"implementation={implementation!r}: expected None, 'chunked', 'reference', 'tpu' "
+                "or 'gpu'"
             )
         if not q.shape == k.shape == v.shape or gates.theta.shape != q.shape[:3]:
             raise InputError(
@@ -175,6 +181,9 @@ class MemorySpec:
         args = leaves, state, q, k, v, gates
         if implementation == "reference":
             y, state, ok = _reference.recurrence(self, *args, stored=stored, new=new)
+        elif implementation in _kernels.NAMES:
+            _kernels.check(implementation, tap)
+            y, state, ok = self.on_kernel(*args, stored=stored, new=new, aligned=aligned)
         else:
             y, state, ok = self.chunked(*args, stored=stored, new=new, aligned=aligned, tap=tap)
         # the first token with a bad key or value, else the first tile that left a bad memory
@@ -196,6 +205,17 @@ class MemorySpec:
     ) -> tuple[Array, MemState, Array]:  # fmt: skip
         """`run` in chunks, on cleaned input: (y, state with new weights, finite or not [n, B])."""
         raise NotImplementedError(type(self).__name__)
+
+    def on_kernel(
+        self, leaves: Leaves, state: MemState, q: Array, k: Array, v: Array, gates: Gates, *,
+        stored: Array, new: Array | None, aligned: bool,
+    ) -> tuple[Array, MemState, Array]:  # fmt: skip
+        """`chunked` on the TPU's kernel.
+
+        Raises:
+            NotImplementedError: it cannot serve; the message says why.
+        """
+        raise NotImplementedError(f"tpu: no kernel for the memory {type(self).__name__}")
 
     # ------------------------------------------------------------ what all memories share
 

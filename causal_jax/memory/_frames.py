@@ -5,11 +5,19 @@ slots without a token are not stored, and what stood there before is in the stat
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from causal_jax.memory._anchored import Chunk, chunk_updates, token_updates
+from causal_jax.memory._anchored import (
+    Chunk,
+    form_of,
+    lifted,
+    lowered,
+    segment_updates,
+    token_updates,
+)
 from causal_jax.memory._chunks import from_chunks, into_chunks
 from causal_jax.memory._state import MemState
 from causal_jax.shapes import Array
@@ -38,9 +46,11 @@ def token_form(spec, leaves, state: MemState, x: Chunk, aligned: bool):
     if not (aligned and spec.anchor and T % spec.anchor == 0):
         fresh = jnp.ones_like(state.position, bool) if aligned else state.position % C == 0
         carried = state.anchor, fresh
-    body = jax.checkpoint(token_updates(spec, initial, slow), prevent_cse=False)
-    carry = state.weights, state.momentum, *carried
-    (W, S, anchor, _), (y, loss, ok) = jax.lax.scan(body, carry, _chunks(x, C))
+    form = form_of(spec, x.v.shape[-1])
+    body = jax.checkpoint(token_updates(form, spec.anchor, initial, slow), prevent_cse=False)
+    carry = *_inside(state.weights, state.momentum, carried[0]), carried[1]
+    (*leaves, _), (y, loss, ok) = jax.lax.scan(body, carry, _chunks(x, C))
+    W, S, anchor = _outside(*leaves)
     y, loss = (_out(z, state.position % C if shift is not None else None, T) for z in (y, loss))
     state = dataclasses.replace(
         state, weights=W, momentum=S, anchor=W if anchor is None else anchor, recent=recent
@@ -53,38 +63,61 @@ def chunk_form(spec, leaves, state: MemState, x: Chunk, aligned: bool):
     T, C = x.stored.shape[1], spec.gate_chunk
     initial, slow = _split(spec, leaves)
     shift, before = None, x
+    segment = spec.anchor or -(-T // C) * C
     if not aligned:
-        shift = state.position % C
-        x = _frame(x, shift, C, -(-(T + C - 1) // C), drop=0)
-    chunks = _chunks(x, C)
+        grid = spec.anchor or C
+        shift = state.position % grid
+        frames = -(-(T + grid - 1) // grid)
+        x = _frame(x, shift, grid, frames, drop=0)
+        segment = spec.anchor or frames * C
+    elif spec.anchor and segment > T:
+        segment = -(-T // C) * C
+    chunks = _chunks(x, segment)
     late = spec.read_at == "post"
     if late:
-        q = jnp.moveaxis(chunks.q, 0, 2)  # [B, N, n, C, H]
+        q = jnp.moveaxis(chunks.q, 0, 2)  # [B, N, n, L, H]
         flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
         behind = jnp.pad(flat[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)]).reshape(q.shape)
         chunks = dataclasses.replace(chunks, q=jnp.moveaxis(behind, 2, 0))
     partial = not aligned or T % C != 0
     start = state.position - (0 if shift is None else shift)
     pending = (state.pending["surprise"], state.pending["stored"]) if partial else (None, None)
-    carry = state.weights, state.momentum, state.anchor, *pending, start
-    body = jax.checkpoint(chunk_updates(spec, initial, slow, partial=partial), prevent_cse=False)
-    (W, S, anchor, surprise, stored, _), (y, loss, ok) = jax.lax.scan(body, carry, chunks)
+    carry = *_inside(state.weights, state.momentum, state.anchor, pending[0]), pending[1], start
+    form = form_of(spec, x.v.shape[-1])
+    body = segment_updates(form, spec.anchor, C, initial, slow, partial=partial)
+    if len(chunks.stored) > 1:
+        body = jax.checkpoint(body, prevent_cse=False)
+    (*leaves, stored, _), (y, loss, ok) = jax.lax.scan(body, carry, chunks)
     if late:
-        last = spec.network.apply({**slow, **W}, flat[:, :, -1:])
+        last = spec.network.apply({**slow, **leaves[0]}, flat[:, :, -1:])
         y = jnp.moveaxis(y, 0, 2).reshape(flat.shape)
         y = jnp.concatenate([y[:, :, 1:], last], 2).reshape(q.shape)
         y = jnp.moveaxis(y, 2, 0)
+    W, S, anchor, surprise = _outside(*leaves)
     y, loss = (_out(z, shift, T) for z in (y, loss))
     pending = state.pending
     if partial:
         pending = {**pending, "surprise": surprise, "stored": stored}
     state = dataclasses.replace(state, weights=W, momentum=S, anchor=anchor, pending=pending)
+    ok, n = ok.reshape(-1, ok.shape[-1]), -(-T // C)
+    if shift is None:  # chunks behind the end are the last one's
+        ok = jnp.concatenate([ok[: n - 1], ok[n - 1 :].all(0)[None]])
     return y, loss, state, _known(ok, shift, before)
 
 
+def _inside(*trees) -> list[Any]:
+    """Leaves as the chunks' mathematics has them."""
+    return [None if tree is None else lifted(tree) for tree in trees]
+
+
+def _outside(*trees) -> list[Any]:
+    return [None if tree is None else lowered(tree) for tree in trees]
+
+
 def _split(spec, leaves):
+    leaves = lifted({n: w[None] for n, w in leaves.items()})
     initial = {n: leaves[n] for n in spec.fast_leaves}
-    return initial, {n: w[None] for n, w in leaves.items() if n not in initial}
+    return initial, {n: w for n, w in leaves.items() if n not in initial}
 
 
 def _chunks(x: Chunk, C: int) -> Chunk:

@@ -167,17 +167,17 @@ def _pooled(spec, z, state: MemState, live, new):
     terms = jnp.where(live[..., None, None], jnp.concatenate([values, ones], -1), 0)
     at = state.position[:, None] + jnp.arange(T)[None]
 
-    def body(total, x):
-        term, fresh = x
-        total = jnp.where(fresh[:, None, None], 0, total) + term
-        return total, total
+    def after(a, b):  # running sums that begin anew: log T passes, where a scan would take T steps
+        (first, begun), (second, fresh) = a, b
+        return jnp.where(fresh[..., None, None], second, first + second), begun | fresh
 
     count = state.pending["count"]
     carried = jnp.concatenate([state.pending["logits"], count[:, None, None] * ones[:, 0]], -1)
-    xs = jnp.swapaxes(terms, 0, 1), jnp.swapaxes((at % size == 0) | new, 0, 1)
-    last, sums = jax.lax.scan(body, carried, xs)
-    mean = jnp.swapaxes(sums, 0, 1)
-    mean = mean[..., :2] / jnp.maximum(mean[..., 2:], 1)
+    fresh = (at % size == 0) | new
+    terms = terms.at[:, 0].add(jnp.where(fresh[:, 0, None, None], 0, carried))
+    sums, _ = jax.lax.associative_scan(after, (terms, fresh), axis=1)
+    last = sums[:, -1]
+    mean = sums[..., :2] / jnp.maximum(sums[..., 2:], 1)
     z = {**z, **{n: mean[..., ("alpha", "eta").index(n)] for n in names}}
     pending = {**state.pending, "logits": last[..., :2], "count": last[:, 0, 2]}
     return z, dataclasses.replace(state, pending=pending)

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from causal_jax.errors import InputError
+from causal_jax.memory import _kernels
 from causal_jax.memory._anchored import Chunk
 from causal_jax.memory._base import Case, MemorySpec, _sigmoid, memories
 from causal_jax.memory._frames import chunk_form, token_form
-from causal_jax.memory._network import Act, Around, Network
 from causal_jax.memory._reference import recurrence
+from causal_jax.taps import OFF
+from pallas_kernels.memory_chunk.network import Act, Around, Network
 
 
 @memories.register(
@@ -113,17 +115,15 @@ class Deep(MemorySpec):
         """In chunks of `anchor` or `gate_chunk` tokens; a few tokens off a border one by one."""
         T = q.shape[1]
         chunk = self.gate_chunk if self.gate_chunk > 1 else self.anchor
-        known = aligned and chunk and not isinstance(state.position, Tracer)
+        border = self.anchor or chunk
+        known = aligned and border and not isinstance(state.position, Tracer)
         at = jax.device_get(state.position).tolist() if known else []
-        if any(p % chunk for p in at):
-            raise InputError(f"aligned=True at position {at}: expected multiples of {chunk}")
+        if any(p % border for p in at):
+            raise InputError(f"aligned=True at position {at}: expected multiples of {border}")
         few = max(1, (chunk or 0) // 8)
         if chunk == 1 or (chunk and not aligned and few >= T):
             return recurrence(self, leaves, state, q, k, v, gates, stored=stored, new=new)
-        if self.omega > 1:
-            gamma = jnp.ones_like(gates.theta) if gates.gamma is None else gates.gamma
-            gamma = jnp.where(stored[..., None], gamma, 0)
-            gates = dataclasses.replace(gates, gamma=gamma)
+        gates = self._weighted(gates, stored)
         q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
         tokens = Chunk(q, k, v, gates, jnp.ones_like(stored), stored, new)
         forward = token_form if self.gate_chunk == 1 else chunk_form
@@ -131,3 +131,21 @@ class Deep(MemorySpec):
         if tap.wants("surprise"):
             tap("surprise", loss)
         return y, state, ok
+
+    def on_kernel(self, leaves, state, q, k, v, gates, *, stored, new, aligned):
+        """Whole chunks on the kernel, the rest as in `chunked`."""
+
+        def rest(state, q, k, v, gates, stored, new):
+            return self.chunked(
+                leaves, state, q, k, v, gates, stored=stored, new=new, aligned=True, tap=OFF
+            )
+
+        gates = self._weighted(gates, stored)
+        return _kernels.deep(self, leaves, state, q, k, v, gates, stored, new, aligned, rest)
+
+    def _weighted(self, gates, stored):
+        """Weights of the Omega rule's windows, 0 where nothing is stored."""
+        if self.omega == 1:
+            return gates
+        gamma = jnp.ones_like(gates.theta) if gates.gamma is None else gates.gamma
+        return dataclasses.replace(gates, gamma=jnp.where(stored[..., None], gamma, 0))

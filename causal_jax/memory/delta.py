@@ -19,24 +19,20 @@ Papers: Titans, arXiv 2501.00663, with L_M = 1; the solve generalises arXiv 2406
 """
 
 import dataclasses
+import functools
 
-import jax
 import jax.numpy as jnp
 
 from causal_jax.errors import InputError
+from causal_jax.memory import _context, _kernels
 from causal_jax.memory._base import Case, MemorySpec, memories
-from causal_jax.memory._chunks import (
-    HIGHEST,
-    Decay,
-    decay,
-    from_chunks,
-    into_chunks,
-    unit_lower_inverse,
-)
-from causal_jax.memory._network import Network
+from causal_jax.memory._chunks import from_chunks
+from causal_jax.memory._kernels import tokens_of
 from causal_jax.memory._state import Gates
 from causal_jax.shapes import Array, Bool, Float
 from causal_jax.taps import OFF, Tap
+from pallas_kernels.memory_chunk import linear
+from pallas_kernels.memory_chunk.network import Network
 
 
 def momentum_delta(
@@ -54,6 +50,7 @@ def momentum_delta(
     to_init: bool = False,
     read_at: str = "post",
     tap: Tap = OFF,
+    implementation: str | None = None,
 ) -> tuple[
     Float[Array, "B T N V"],
     Float[Array, "B N H V"],
@@ -73,77 +70,36 @@ def momentum_delta(
         to_init: forgetting leads to M_0 instead of 0.
         read_at: "post" or "pre": read after or before the token is written.
         tap: site `surprise` [B, T, N].
+        implementation: None: XLA; "tpu": the kernel.
 
     Returns:
         y in v's dtype, M and S after the last token (S None without momentum), and for every tile
         and row whether M was finite after it, [n, B].
     """
     (B, T, N, H), V = q.shape, v.shape[-1]
-    C = min(tile, T)
     wide = jnp.promote_types(jnp.float32, v.dtype)
     initial = jnp.zeros((N, H, V), wide) if initial is None else initial.astype(wide)
-    M = jnp.broadcast_to(initial[None], (B, N, H, V)) if weights is None else weights
-    has_momentum = gates.log_eta is not None
-    if momentum is None and has_momentum:
-        momentum = jnp.zeros((B, N, H, V), wide)
+    state = jnp.broadcast_to(initial[None], (B, N, H, V)) if weights is None else weights
+    if gates.log_eta is not None:
+        momentum = jnp.zeros((B, N, H, V), wide) if momentum is None else momentum
+        state = jnp.concatenate([state, momentum], -1)
     stored = jnp.ones((B, T), bool) if stored is None else stored
-    written = stored[..., None, None]
-    k, v_in = (jnp.where(written, x.astype(wide), 0) for x in (k, v))
-    gates = dataclasses.replace(gates, theta=jnp.where(stored[..., None], gates.theta, 0))
-    xs = (
-        *(into_chunks(x, C) for x in (q.astype(wide), k, v_in)),
-        jax.tree.map(lambda g: into_chunks(g, C), gates),
-        into_chunks(stored, C, heads=False),
-        None if new is None else into_chunks(new, C, heads=False),
-    )
-
-    def body(carry, x):
-        q, k, v, gates, stored, new = x
-        at = decay(gates, jnp.broadcast_to(stored, gates.theta.shape), new, to_init=to_init)
-        before = at.before(new)
-        U = _errors(before, k, v, gates.theta, carry, initial)
-        seen = at if read_at == "post" else before
-        y = _from_start(seen, q, carry, initial) - (seen.D * (q @ k.mT)) @ U
-        carry = _carry(at, k, U, carry, initial)
-        ok = jnp.isfinite(carry[0]).all((1, 2, 3))
-        return carry, (y, U if tap.wants("surprise") else None, ok)
-
-    (M, momentum), (y, U, ok) = jax.lax.scan(body, (M, momentum), xs)
-    if U is not None:
-        error = from_chunks(U, T) / jnp.where(gates.theta == 0, 1, gates.theta)[..., None]
-        tap("surprise", 0.5 * jnp.sum(jnp.square(error), -1))
-    return from_chunks(y, T).astype(v.dtype), M, momentum, ok
-
-
-def _from_start(at: Decay, x: Array, carry, initial: Array) -> Array:
-    """x read from the chunk's starting values only, decayed up to each token."""
-    M, S = carry
-    y = at.B[..., None] * (x @ M)
-    if at.d0 is not None:
-        y = y + at.d0[..., None] * (x @ S)
-    if at.c0 is not None:
-        y = y + at.c0[..., None] * (x @ initial[None])
-    return y
-
-
-def _errors(before: Decay, k: Array, v: Array, theta: Array, carry, initial: Array) -> Array:
-    """U [..., C, V]: theta times the error of every token at the memory just before it."""
-    T = theta[..., None] * (before.D * (k @ k.mT))
-    alone = theta[..., None] * (_from_start(before, k, carry, initial) - v)
-    return jnp.matmul(unit_lower_inverse(T), alone, precision=HIGHEST)
-
-
-def _carry(at: Decay, k: Array, U: Array, carry, initial: Array):
-    """(M, S) after the chunk."""
-    M, S = carry
-    last = lambda c: c[..., -1][..., None, None]  # noqa: E731
-    step = lambda coefficients: k.mT @ (coefficients[..., -1, :][..., None] * U)  # noqa: E731
-    new = last(at.B) * M - step(at.D)
-    if at.c0 is not None:
-        new = new + last(at.c0) * initial[None]
-    if S is None:
-        return new, None
-    return new + last(at.d0) * S, last(at.E) * S - step(at.H)
+    k, v_in = (jnp.where(stored[..., None, None], x, 0) for x in (k, v))
+    if implementation is None:
+        k, v_in = k.astype(wide), v_in.astype(wide)
+    C = min(tile, T) if implementation is None else tile
+    x = tokens_of(q if implementation else q.astype(wide), k, v_in, gates, stored, new, C)
+    how = {"to_init": to_init, "read_at": read_at}
+    if implementation is not None:
+        y, state, ok = _kernels.linear(x, T, state, initial, **how)
+    else:
+        y, U, state, ok = linear(x, state, initial[None], **how)
+        y, ok = from_chunks(y, T), ok.all(-1)
+        if tap.wants("surprise"):
+            theta = jnp.where(stored[..., None] & (gates.theta != 0), gates.theta, 1)
+            tap("surprise", 0.5 * jnp.sum(jnp.square(from_chunks(U, T) / theta[..., None]), -1))
+    M, S = state[..., :V], state[..., V:] if gates.log_eta is not None else None
+    return y.astype(v.dtype), M, S, ok
 
 
 @memories.register(
@@ -179,13 +135,22 @@ class Delta(MemorySpec):
         """`momentum_delta` on the one matrix."""
         return run_linear(self, "w0", leaves["w0"], state, q, k, v, gates, stored, new, tap)
 
+    def on_kernel(self, leaves, state, q, k, v, gates, *, stored, new, aligned):
+        """The same, whole tiles at a time."""
+        return run_linear(self, "w0", leaves["w0"], state, q, k, v, gates, stored, new, OFF, "tpu")
 
-def run_linear(spec, name, initial, state, q, k, v, gates, stored, new, tap):
+
+def run_linear(spec, name, initial, state, q, k, v, gates, stored, new, tap, implementation=None):
     """`momentum_delta` on the one fast leaf `name`; returns as `MemorySpec.chunked`."""
     momentum = None if state.momentum is None else state.momentum[name]
-    y, M, S, ok = momentum_delta(
-        q, k, v, gates, state.weights[name], momentum, initial=initial, tile=spec.tile,
-        stored=stored, new=new, to_init=spec.decay_to == "init", read_at=spec.read_at, tap=tap,
-    )  # fmt: skip
+    static = {"to_init": spec.decay_to == "init", "read_at": spec.read_at, "tile": spec.tile}
+    run = functools.partial(momentum_delta, **static, implementation=implementation)
+    args = q, k, v, gates, state.weights[name], momentum
+    given = {"initial": initial, "stored": stored, "new": new}
+    n = _context.devices()
+    if n > 1 and q.shape[1] % n == 0 and implementation is None and not tap.wants("surprise"):
+        y, M, S, ok = _context.over_context(run, *args, **given)
+    else:
+        y, M, S, ok = run(*args, **given, tap=tap)
     S = None if S is None else {name: S}
     return y, dataclasses.replace(state, weights={name: M}, momentum=S), ok

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from causal_jax.errors import InputError
 from causal_jax.memory._base import Case, MemorySpec, memories
-from causal_jax.memory._network import Act, Network
 from causal_jax.memory.delta import run_linear
+from causal_jax.taps import OFF
+from pallas_kernels.memory_chunk.network import Act, Network
 
 
 @memories.register(
@@ -63,6 +64,13 @@ class LastLayer(MemorySpec):
 
     def chunked(self, leaves, state, q, k, v, gates, *, stored, new, aligned, tap):
         """`momentum_delta` on features."""
+        return self._on_features(leaves, state, q, k, v, gates, stored, new, tap)
+
+    def on_kernel(self, leaves, state, q, k, v, gates, *, stored, new, aligned):
+        """The same; features are made outside the kernel."""
+        return self._on_features(leaves, state, q, k, v, gates, stored, new, OFF, "tpu")
+
+    def _on_features(self, leaves, state, q, k, v, gates, stored, new, tap, implementation=None):
         M, last = self.network, self.fast_leaves[0]
         slow = {n: w[None] for n, w in leaves.items() if n != last}
         features = lambda x: jnp.swapaxes(M.features(slow, jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
@@ -70,6 +78,6 @@ class LastLayer(MemorySpec):
         target = v - k if self.residual else v
         y, state, ok = run_linear(
             self, last, leaves[last], state, features(q), features(k), target, gates, stored, new,
-            tap,
+            tap, implementation,
         )  # fmt: skip
         return y + q if self.residual else y, state, ok

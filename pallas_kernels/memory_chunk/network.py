@@ -13,9 +13,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from causal_jax.memory._state import Leaves
-from causal_jax.shapes import Array, Key
-
 Act = Literal["gelu", "silu", "relu"]
 Around = Literal["none", "residual", "residual_ln"]
 LN_EPS = 1e-5
@@ -42,7 +39,7 @@ class Network:
         """Names of the matrices in order."""
         return tuple(f"w{i}" for i in range(self.depth))
 
-    def init(self, key: Key[Array, ""], heads: int, width: int) -> Leaves:
+    def init(self, key: jax.Array, heads: int, width: int) -> dict[str, jax.Array]:
         """Leaves [N, ...]: Xavier-uniform matrices; a single matrix and gamma: 0."""
         hidden = [self.expansion * width] * (self.depth - 1)
         sizes = list(zip([width, *hidden], [*hidden, width]))
@@ -54,24 +51,28 @@ class Network:
             leaves["gamma"] = jnp.zeros((heads, width), jnp.float32)
         return leaves
 
-    def activate(self, z: Array) -> Array:
+    def activate(self, z: jax.Array) -> jax.Array:
         """The non-linearity."""
-        if self.act == "gelu":
-            return jax.nn.gelu(z, approximate=False)
-        return jax.nn.silu(z) if self.act == "silu" else jax.nn.relu(z)
+        if self.act == "gelu":  # not `jax.nn.gelu`: its erfc is unknown to Mosaic
+            return 0.5 * z * (1 + jax.lax.erf(z * 0.5**0.5))
+        return jax.nn.silu(z) if self.act == "silu" else jnp.where(z > 0, z, 0)
 
-    def apply(self, leaves: Leaves, x: Array) -> Array:
+    def slope(self, z: jax.Array, g: jax.Array) -> jax.Array:
+        """g times the derivative of `activate` at z."""
+        return jax.vjp(self.activate, z)[1](g)[0]
+
+    def apply(self, leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         """M(x)."""
         out = self.features(leaves, x) @ leaves[self.matrices[-1]]
         return self.finish(leaves.get("gamma"), x, out)
 
-    def features(self, leaves: Leaves, x: Array) -> Array:
+    def features(self, leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         """What the last matrix is multiplied with."""
         for name in self.matrices[:-1]:
             x = self.activate(x @ leaves[name])
         return x
 
-    def finish(self, gamma: Array | None, x: Array, out: Array) -> Array:
+    def finish(self, gamma: jax.Array | None, x: jax.Array, out: jax.Array) -> jax.Array:
         """What is done with the last matrix's output; gamma [..., H] or one per token."""
         if self.around == "none":
             return out
@@ -83,7 +84,7 @@ class Network:
         return x + normalised(out)[0] * (1 + gamma)
 
 
-def normalised(x: Array) -> tuple[Array, Array]:
+def normalised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(x without mean and scale over its last axis, 1 / standard deviation)."""
     x = x - jnp.mean(x, -1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LN_EPS)
