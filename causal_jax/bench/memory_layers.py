@@ -55,7 +55,8 @@ def decode(args: argparse.Namespace, positions: list[int], N: int, H: int) -> li
     def read(params: Any, x: jax.Array, cache: Any, length: jax.Array) -> Any:
         return extend(params, x, cache, length)[1]
 
-    cache = nnx.merge(graph, params).init_cache(1, 1, positions[-1], jnp.float32)
+    module: Any = nnx.merge(graph, params)
+    cache = jax.tree.map(lambda a: a[None], module.fresh(1, jnp.float32))  # of one layer
     one = jax.random.normal(jax.random.key(args.seed), (1, 1, N * H))
     compiled = jax.jit(extend).lower(params, one, cache, jnp.int32(0)).compile()
     candidates, sizes, at = [], [], 0
