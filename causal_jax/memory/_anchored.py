@@ -203,10 +203,10 @@ def _leaf_update(initial: Array) -> Callable:
 
     def body(carry, x):
         (W, S, pending), (c, xq, X, G) = carry, x
+        z = W if xq is None else xq @ W  # queries of the document before still read the old memory
         if c.began is not None:
             W = jnp.where(c.began, initial, W)
             S = None if S is None else jnp.where(c.began, 0, S)
-        z = W if xq is None else xq @ W
         u = G.sum(-2, keepdims=True) if X is None else jnp.swapaxes(X, -1, -2) @ G
         if pending is not None:
             u = u + (pending if c.began is None else jnp.where(c.began, 0, pending))
