@@ -11,8 +11,8 @@ program per tile of keys, no atomics. A key's bias (the log of a sample's weight
 that is not there) is added to its scores; a sample in the tile's own block is masked, and so is
 what the caller's mask forbids.
 
-Checked without a GPU: lowering for Hopper. The slow test of its values in the interpreter is written
-and has not been run yet. Never compiled by ptxas, run or timed on a GPU.
+Checked without a GPU: lowering for Hopper. The slow test of its values in the interpreter exists,
+but has not been run yet. Never compiled by ptxas, run or timed on a GPU.
 """
 
 import functools
