@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import random_batch
+from tiny import make_run, random_batch
 
 from causal_jax.errors import InputError
 from causal_jax.models.decoder import Decoder
@@ -20,7 +20,12 @@ from causal_jax.objectives.distil import (
     pattern_transfer_loss,
 )
 from causal_jax.objectives.next_token import NextToken
+from causal_jax.paths import named_leaves
+from causal_jax.training.optimizer import SGD, Schedule
+from causal_jax.training.sharding import MeshSpec, make_mesh, put_batch
+from causal_jax.training.state import shardings_of
 
+KEY = jax.random.key(3)
 KINDS = ("forward", "reverse", "js")
 SMALL = Decoder(layers=1, width=16, heads=2, context=32)
 LARGE = Decoder(layers=2, width=32, heads=2, context=32)
@@ -223,3 +228,38 @@ def test_a_pair_is_its_student(pair):
     value, _ = loss_of(NextToken(), pair, data)[0](nnx.split(pair)[1])
     alone, _ = loss_of(NextToken(), pair.student, data)[0](nnx.split(pair.student)[1])
     np.testing.assert_allclose(value, alone, rtol=1e-6)
+
+
+def _two_steps(spec, mesh_spec):
+    mesh = make_mesh(mesh_spec)
+    # not Adam, which divides by the gradient: near 0 it would make rounding large
+    optimizer = SGD(lr=0.1, schedule=Schedule("constant", warmup=0))
+    with jax.set_mesh(mesh):
+        now, step, abstract = make_run(
+            spec, optimizer, mesh, objective=Distil(hidden=1.0), ema=0.9,
+            trainable=r"^(?!teacher/)",
+        )  # fmt: skip
+        for seed in range(2):
+            now, _ = step(now, put_batch(mesh, random_batch(4, 8, spec.vocab, seed)), KEY)
+        places = jax.tree.map(
+            lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), now, shardings_of(abstract)
+        )
+    assert all(jax.tree.leaves(places))
+    return named_leaves(now["params"]), named_leaves(now["ema"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["cut", "host"])
+def test_the_teacher_is_cut_over_devices_or_rests_on_the_host(where):
+    student = dataclasses.replace(SMALL, layers=2)
+    spec = Pair(vocab=16, student=student, teacher=LARGE, bridge=True)
+    want, _ = _two_steps(spec, MeshSpec(data=1))
+    spec = dataclasses.replace(spec, offload=where == "host")
+    got, average = _two_steps(spec, MeshSpec(data=1, fsdp=2, tensor=2))
+    for name, value in got.items():
+        np.testing.assert_allclose(np.asarray(value), np.asarray(want[name]), atol=2e-5)
+        if name.startswith("teacher/"):
+            on = {value.sharding.memory_kind, average[name].sharding.memory_kind}
+            assert on == {"pinned_host" if where == "host" else "device"}
+    cut = got["teacher/stack/blocks/0/0/mlp/up/kernel"]
+    assert cut.addressable_shards[0].data.size * 4 == cut.size

@@ -99,15 +99,18 @@ def random_batch(rows, length, vocab, seed=0):
     }
 
 
-def make_run(spec, optimizer, mesh, *, objective=NEXT, steps=10, accumulate=1, ema=None):
+def make_run(
+    spec, optimizer, mesh, *, objective=NEXT, steps=10, accumulate=1, ema=None, trainable=""
+):
     """(state at step 0, step function, abstract state) on a mesh."""
     tx = optimizer.transformation()
-    abstract, _ = state.abstract_state(spec, tx, mesh, ema=ema is not None)
+    abstract, _ = state.abstract_state(spec, tx, mesh, ema=ema is not None, trainable=trainable)
     graph = state.graph_of(spec)
     run = step.make_step(
-        graph, objective, optimizer, abstract, mesh, steps=steps, accumulate=accumulate, ema=ema
-    )
-    return state.new_state(spec, tx, abstract, 0), run, abstract
+        graph, objective, optimizer, abstract, mesh, steps=steps, accumulate=accumulate, ema=ema,
+        trainable=trainable,
+    )  # fmt: skip
+    return state.new_state(spec, tx, abstract, 0, trainable=trainable), run, abstract
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -35,12 +35,16 @@ class Pair(ModelSpec):
             at random (for tests). The student's are `Recipe.start`.
         bridge: a learned linear map from the student's width to the teacher's, to compare hidden
             states of different widths.
+        offload: keep the teacher's parameters in the host's memory; a step brings them to the
+            devices for the teacher's pass. Costs their transfer, saves their room in the backward
+            pass and between steps. What is computed is the same.
     """
 
     student: Decoder = Decoder()
     teacher: Decoder = Decoder()
     weights: str = ""
     bridge: bool = False
+    offload: bool = False
 
     frozen: ClassVar[str] = "teacher/"
 
@@ -56,6 +60,11 @@ class Pair(ModelSpec):
         object.__setattr__(self, "vocab", vocab)
         for name in ("student", "teacher"):
             object.__setattr__(self, name, dataclasses.replace(getattr(self, name), vocab=vocab))
+
+    @property
+    def on_host(self) -> str:
+        """Pattern of the parameters that rest in the host's memory; empty: none do."""
+        return self.frozen if self.offload else ""
 
     @property
     def context(self) -> int:
@@ -89,6 +98,7 @@ class PairModel(nnx.Module):
         self.teacher = DecoderModel(spec.teacher, rngs=rngs)
         widths = spec.student.width, spec.teacher.width
         self.bridge = Linear(*widths, rngs=rngs) if spec.bridge else None
+        self.offload = spec.offload
 
     @property
     def spec(self) -> Decoder:
@@ -122,6 +132,16 @@ class PairModel(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """`extend` up to the final norm."""
         return self.student.extend_hidden(tokens, cache, tap=tap)
+
+
+def on_device(pair: PairModel) -> PairModel:
+    """The pair with a teacher that can be computed with, wherever its parameters rest."""
+    if not pair.offload:
+        return pair
+    graph, params = nnx.split(pair.teacher)
+    both = nnx.merge(*nnx.split(pair))
+    both.teacher = nnx.merge(graph, jax.device_put(params, jax.memory.Space.Device))
+    return both
 
 
 def pair_of(student: DecoderModel, teacher: DecoderModel) -> PairModel:

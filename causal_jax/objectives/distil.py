@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.errors import InputError
-from causal_jax.models.pair import PairModel
+from causal_jax.models.pair import PairModel, on_device
 from causal_jax.objectives._base import Metrics, Objective, objectives
 from causal_jax.objectives._pieces import in_pieces, piece_length
 from causal_jax.shapes import Array, Float
@@ -212,7 +212,7 @@ class Distil(Objective):
 
 
 def need_pair(model: Any, name: str) -> PairModel:
-    """The model, if it is a student with a teacher.
+    """The model, if it is a student with a teacher; the teacher ready to be computed with.
 
     Raises:
         InputError: it is not.
@@ -222,7 +222,7 @@ def need_pair(model: Any, name: str) -> PairModel:
             f"objective {name} needs a teacher: give model = Pair(student=..., teacher=...), got "
             f"{type(model).__name__}"
         )
-    return model
+    return on_device(model)
 
 
 def prediction_sums(

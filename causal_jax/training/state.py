@@ -6,6 +6,7 @@ The optimizer's state covers what is trained. Parameters, moments and averages a
 the model computes in.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from causal_jax.models._base import ModelSpec
-from causal_jax.paths import partition
+from causal_jax.paths import map_named, partition
 from causal_jax.training.sharding import state_shardings
 
 State = dict[str, Any]
@@ -71,11 +72,23 @@ def abstract_state(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, kept = state_shardings(mesh, shapes, rules, _heads(spec))
+    if resting := getattr(spec, "on_host", ""):
+        parts = {name: _on_host(resting, shardings[name]) for name in {"params", "ema"} & {*shapes}}
+        shardings = shardings | parts
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
     )
     # the optimizer's copies say nothing new
     return abstract, [line for line in kept if line.startswith("params/")]
+
+
+def _on_host(pattern: str, shardings: Any) -> Any:
+    """The same places, in the host's memory for the parameters that match."""
+
+    def moved(name: str, place: Any) -> Any:
+        return place.with_memory_kind("pinned_host") if re.search(pattern, name) else place
+
+    return map_named(moved, shardings)
 
 
 def _heads(spec: Any) -> dict[str, int]:

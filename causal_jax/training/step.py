@@ -80,15 +80,19 @@ def make_step(
         lr = optimizer.learning_rate(state["step"], steps)
         updates, opt = tx.update(grads, state["opt"], params)
         moved = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-        new = {"params": combine(moved, frozen), "opt": opt}
+
+        def unless_bad(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        # what is frozen is passed on untouched: it may rest in the host's memory
+        new = {"params": combine(unless_bad(moved, params), frozen)}
+        new["opt"] = unless_bad(opt, state["opt"])
         if "ema" in state and ema is not None:
             # young averages follow closely: the start of training is forgotten
             decay = jnp.minimum(ema, (state["step"] + 1.0) / (state["step"] + 10.0))
             old, still = partition(trainable, state["ema"], "trainable")
             moved = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old, moved)
-            new["ema"] = combine(moved, still)
-        kept = {name: state[name] for name in new}
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+            new["ema"] = combine(unless_bad(moved, old), still)
         report = {"metrics": metrics, "grad_norm": norm, "lr": lr, "finite": finite}
         return {"step": state["step"] + 1} | new, report
 
