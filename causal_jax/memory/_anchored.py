@@ -115,7 +115,8 @@ def segment_updates(
     def body(carry, x: Chunk):
         W, S, anchor, pending, count, position = carry
         if anchor_chunk is not None:
-            renew = (position % anchor_chunk == 0) & x.slots.any((1, 2))
+            # a segment whose first token came in an earlier call got its anchor there
+            renew = (position % anchor_chunk == 0) & x.slots[:, 0, 0]
             anchor = _where(renew, W, anchor)
         stored = chunked(x.stored)
         later: Any = None
@@ -138,9 +139,7 @@ def segment_updates(
             """What queries read in one leaf; its end values go to `ends`."""
             G = steps_theta * chunked(s.G[name])
             X = chunked(s.X[name]) if name in s.X else None
-            start = W[name], None if S is None else S[name], None
-            if partial:
-                start = (*start[:2], pending[name])
+            start = (W[name], *(None if part is None else part[name] for part in (S, pending)))
             xs = steps, None if xq is None else chunked(xq), X, G
             ends[name], z = _scan_in_groups(_leaf_update(initial[name]), start, xs)
             return whole(z)

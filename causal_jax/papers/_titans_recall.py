@@ -70,13 +70,14 @@ class Recall:
     def mixers(self) -> dict[str, Any]:
         """Every kind of layer by name."""
         chunk = 2 * self.window
-        exact, kinds = Delta(tile=16), ("mag", "mal", "mac")
+        exact = Delta(tile=16)
         make = functools.partial(layer, persistent=self.persistent)
-        sizes = {"mag": self.window, "mal": self.window, "mac": chunk}
         return {
             "LMM": make("lmm", exact),
             "window alone": Dense(window=self.window - 1),
-            **{kind.upper(): make(kind, exact, window=sizes[kind]) for kind in kinds},
+            "MAG": make("mag", exact, window=self.window),
+            "MAL": make("mal", exact, window=self.window),
+            "MAC": make("mac", exact, window=chunk),
             "anchored": make("lmm", Deep(depth=1, around="none", anchor=chunk)),
             "deep, anchored": make("lmm", Deep(depth=2, anchor=chunk)),
             "no persistent": layer("lmm", exact, persistent=0),

@@ -19,8 +19,9 @@ The setting is not settled: the pretraining does not learn to read. As long as e
 for once, its loss fell (0.86 nats after 1500 steps; guessing among four facts: 1.39), but by ruling
 out what had been asked. Now facts are asked for at random, twice as many as there are; after 450 to
 1000 steps (several models of two layers, learning rate 3e-3, with and without biases of q and k and
-a rotary base of 100) a fact is still guessed (0.25 to 0.33 right, by chance 0.25), while the closed book is known
-(1.00). Without a model that reads nothing that follows says anything; nothing else was measured.
+a rotary base of 100) a fact is still guessed (0.25 to 0.33 right, by chance 0.25), while the closed
+book is known (1.00). Without a model that reads nothing that follows says anything; nothing else
+was measured.
 """
 
 import dataclasses

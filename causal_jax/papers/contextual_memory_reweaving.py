@@ -120,10 +120,10 @@ class ContextualMemoryReweaving(Paper):
     def spec(self, **changes: Any) -> Rewoven:
         """The model: all layers but the last are captured, all but the first rewoven."""
         some = tuple(range(self.layers))
-        places = {"capture_layers": some[:-1], "reweave_layers": some[1:]}
+        places: dict[str, Any] = {"capture_layers": some[:-1], "reweave_layers": some[1:]}
         if "capture_layers" in changes:
             places["reweave_layers"] = ()
-        kept = {"segment": self.segment, "slots": self.slots, "capture": self.capture}
+        kept: dict[str, Any] = {"segment": self.segment, "slots": self.slots, "capture": self.capture}
         base = Decoder(
             vocab=self.task.vocab, layers=self.layers, width=self.width, heads=self.heads,
             context=self.segment,
