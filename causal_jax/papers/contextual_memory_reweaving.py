@@ -123,7 +123,11 @@ class ContextualMemoryReweaving(Paper):
         places: dict[str, Any] = {"capture_layers": some[:-1], "reweave_layers": some[1:]}
         if "capture_layers" in changes:
             places["reweave_layers"] = ()
-        kept: dict[str, Any] = {"segment": self.segment, "slots": self.slots, "capture": self.capture}
+        kept: dict[str, Any] = {
+            "segment": self.segment,
+            "slots": self.slots,
+            "capture": self.capture,
+        }
         base = Decoder(
             vocab=self.task.vocab, layers=self.layers, width=self.width, heads=self.heads,
             context=self.segment,
