@@ -85,10 +85,10 @@ def over_context(
         S = last[:, :, H:] if parts == 2 else None
         return (y[..., :V] + read).astype(v.dtype), last[:, :, :H], S, ok
 
-    gate_specs = jax.tree.map(lambda _: of_token, gates)
     S_spec = None if momentum is None else of_head
     args = (q, k, v, gates, weights, momentum, initial, stored, new)
-    specs = (of_token, of_token, of_token, gate_specs, of_head, S_spec, PartitionSpec(heads), flag)
+    tokens = (of_token,) * 4  # q, k, v and all gates
+    specs = (*tokens, of_head, S_spec, PartitionSpec(heads), flag)
     return jax.shard_map(
         local,
         in_specs=(*specs, None if new is None else flag),
