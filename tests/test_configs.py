@@ -10,7 +10,9 @@ from causal_jax.errors import InputError
 from causal_jax.train import main
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
+# one of each family by default: Titans from one factory, plain decoders like quickstart
 ALIKE = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
+ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best")]
 
 STAGED = [p for p in CONFIGS if p.stem.startswith("linearize_")]  # tests/test_stages.py runs them
 

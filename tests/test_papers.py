@@ -11,7 +11,10 @@ from causal_jax.reproduce.folder import RunFolder
 
 NAMES = papers.names()
 # many models, each a program of its own: minutes of compiling
-SLOW = ("contextual_memory_reweaving", "gam", "lawcat", "titans")
+SLOW = (
+    "abrupt_icl", "causalmm", "context_awareness", "contextual_memory_reweaving", "gam", "lawcat",
+    "titans",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
