@@ -13,7 +13,7 @@ NAMES = papers.names()
 # many models, each a program of its own: minutes of compiling
 SLOW = (
     "abrupt_icl", "causalmm", "context_awareness", "contextual_memory_reweaving", "gam", "lawcat",
-    "titans",
+    "multihop_masking", "out_of_context_reasoning", "pine", "titans",
 )  # fmt: skip
 
 
