@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from causal_jax import taps
-from causal_jax.memory import memories
+from causal_jax.memory import _frames, memories
 from causal_jax.memory._state import join
 
 QUICK = ("delta-0", "last_layer-0", "deep-0", "deep-1", "deep-2")  # compiling is most of the time
@@ -93,6 +93,18 @@ def test_cut_anywhere_and_token_by_token(name, case):
     live = (p.segments >= 0)[..., None]
     assert far(jnp.where(live, jnp.concatenate(parts, 1), 0), jnp.where(live, y, 0)) < 1e-5
     assert far(state, end) < 1e-5
+
+
+def test_without_an_anchor_pieces_of_a_run_are_the_whole(monkeypatch):
+    p = Problem("deep", memories.cases("deep", "test")[3])
+    whole = p.memory(p.params, p.x, segments=p.segments, implementation="reference")
+    monkeypatch.setattr(_frames, "SEGMENT", 8)
+    y, state = p.memory(p.params, p.x, segments=p.segments)
+    first, middle = p.memory(p.params, p.x[:, :6], segments=p.segments[:, :6])
+    rest, _ = p.memory(p.params, p.x[:, 6:], middle, segments=p.segments[:, 6:])
+    assert far((y, state), whole) < 1e-5
+    live = (p.segments >= 0)[..., None]
+    assert far(jnp.concatenate([first, rest], 1) * live, whole[0] * live) < 1e-5
 
 
 @every_case

@@ -23,6 +23,7 @@ from causal_jax.memory._state import MemState
 from causal_jax.shapes import Array
 
 TILE = 64  # where no chunk is part of the function
+SEGMENT = 512  # tokens with gradients at once where no anchor says how many: fits a cache
 
 
 def token_form(spec, leaves, state: MemState, x: Chunk, aligned: bool):
@@ -63,13 +64,14 @@ def chunk_form(spec, leaves, state: MemState, x: Chunk, aligned: bool):
     T, C = x.stored.shape[1], spec.gate_chunk
     initial, slow = _split(spec, leaves)
     shift, before = None, x
-    segment = spec.anchor or -(-T // C) * C
+    most = max(SEGMENT // C, 1) * C
+    segment = spec.anchor or min(-(-T // C) * C, most)
     if not aligned:
         grid = spec.anchor or C
         shift = state.position % grid
         frames = -(-(T + grid - 1) // grid)
         x = _frame(x, shift, grid, frames, drop=0)
-        segment = spec.anchor or frames * C
+        segment = spec.anchor or min(frames * C, most)
     elif spec.anchor and segment > T:
         segment = -(-T // C) * C
     chunks = _chunks(x, segment)
