@@ -11,6 +11,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 BATCH = ("data", "fsdp")  # mesh axes that share out rows
 TIME = "context"  # the mesh axis that shares out time
+HEADS = "tensor"  # the mesh axis that shares out heads
+
+
+def dividing(shape: dict[str, int], axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Of some mesh axes those over which an array axis of this size can be cut."""
+    out, parts = (), 1
+    for axis in axes:
+        if shape.get(axis, 1) > 1 and size % (parts * shape[axis]) == 0:
+            out, parts = (*out, axis), parts * shape[axis]
+    return out
 
 
 def with_batch(x: jax.Array) -> jax.Array:

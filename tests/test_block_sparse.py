@@ -21,8 +21,9 @@ from dense_problems import (  # noqa: F401
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from causal_jax.attention import choose, compiling_for, dense_attention
+from causal_jax.attention import choose, dense_attention
 from causal_jax.bench import main as bench
+from causal_jax.hardware import compiling_for
 from causal_jax.masks import Causal, Documents, Window, from_fn
 from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention
 

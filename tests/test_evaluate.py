@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from causal_jax import evaluate, generate, train
+from causal_jax import evaluate, generate, scoring, train
 from causal_jax.config import to_json
 from causal_jax.data.packing import ConcatRows, Stream
 from causal_jax.data.pipeline import Data
@@ -28,6 +28,7 @@ from causal_jax.errors import InputError
 from causal_jax.memory import Delta
 from causal_jax.models.decoder import Decoder
 from causal_jax.nn.titans import LMM
+from causal_jax.scoring import score, state_bytes
 from causal_jax.training.checkpoint import Store
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.run import Run, load_run
@@ -69,9 +70,9 @@ def test_score_is_log_softmax_and_argmax(monkeypatch):
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
     for most in (1 << 26, 258 * 3 * 7):  # at once, and in pieces that do not divide the length
-        monkeypatch.setattr(evaluate, "_LOGITS", most)
+        monkeypatch.setattr(scoring, "_LOGITS", most)
         jax.clear_caches()
-        nll, best = evaluate.score(model, batch)
+        nll, best = score(model, batch)
         np.testing.assert_allclose(nll, want, atol=2e-5)
         np.testing.assert_array_equal(best, logits.argmax(-1) == batch["targets"])
 
@@ -81,14 +82,14 @@ def test_a_row_read_window_after_window_is_the_row(mixer):
     changes = {} if mixer is None else {"attention": (mixer,)}
     model, task = build(**changes), Recall(length=20, pairs=2, keys=6, values=6)
     batch = task.batch(0, range(3))
-    for whole, parts in zip(evaluate.score(model, batch), evaluate.score(model, batch, 8)):
+    for whole, parts in zip(score(model, batch), score(model, batch, 8)):
         assert parts.shape == (3, 20)
         np.testing.assert_allclose(parts, whole, atol=1e-4)
-    grows = evaluate.state_bytes(model, 64) / evaluate.state_bytes(model, 32)
+    grows = state_bytes(model, 64) / state_bytes(model, 32)
     assert (grows == 1) == (mixer is not None)
     batch["segments"] = np.tile(np.arange(20) // 10, (3, 1))
     with pytest.raises(InputError, match="window=8"):
-        evaluate.score(model, batch, 8)
+        score(model, batch, 8)
 
 
 def test_a_model_that_knows_nothing():

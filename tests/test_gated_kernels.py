@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causal_jax.attention import compiling_for
 from causal_jax.attention.gated_linear import gated_linear_attention
+from causal_jax.hardware import compiling_for
 from causal_jax.masks import Causal, Documents, Keys
 from pallas_kernels import _testing
 from pallas_kernels.gated_linear import (

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causal_jax.attention import compiling_for
 from causal_jax.attention.hyper import hyper_attention
+from causal_jax.hardware import compiling_for
 from causal_jax.masks import Causal, Documents
 from pallas_kernels import _testing
 from pallas_kernels.lsh_attention import Places, Problem, gpu, reference

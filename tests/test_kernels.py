@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from causal_jax import masks as M
-from causal_jax.attention import choose, compiling_for, dense_attention
+from causal_jax.attention import choose, dense_attention
+from causal_jax.hardware import compiling_for
 from pallas_kernels import _testing
 from pallas_kernels.block_sparse import Tiles, tpu
 from pallas_kernels.block_sparse.steps import by_key_tile, by_query_tile

@@ -13,7 +13,7 @@ from tiny import Tiny, compiled  # noqa: F401
 
 from causal_jax import masks
 from causal_jax.attention import dense_attention
-from causal_jax.attention._implementations import compiling_for
+from causal_jax.hardware import compiling_for
 from causal_jax.models.decoder import Decoder
 from causal_jax.plan import chips, flops, hlo
 from causal_jax.plan.__main__ import main

@@ -10,7 +10,9 @@ import pytest
 
 from causal_jax.data.tasks import parse_tasks
 from causal_jax.data.tasks.babilong import Babilong
+from causal_jax.data.tasks.key_value import KeyValue
 from causal_jax.data.tasks.markov import Markov
+from causal_jax.data.tasks.motif_order import MotifOrder
 from causal_jax.data.tasks.passkey import Passkey
 from causal_jax.data.tasks.segmented_recall import SegmentedRecall
 from causal_jax.data.tasks.sniah import Sniah
@@ -107,6 +109,32 @@ def test_segmented_recall_asks_for_what_stands_in_another_segment(skew):
     assert (keys[0] > 2 * keys[5]) == (skew > 0)
     drawn, also = task.draw(jax.random.key(0), 4)
     assert drawn.shape == also.shape == (4, 49)
+
+
+def test_the_answer_is_which_motif_stands_in_which_half():
+    task = MotifOrder(length=60, mutation=0.0)
+    seen, made = set(), task.batch(0, range(40))
+    assert (made["tokens"][:, -1] == 4).all()  # the question
+    for tokens, targets, weights in zip(made["tokens"], made["targets"], made["weights"]):
+        letters = "".join("ACGT"[i] for i in tokens[:-1])
+        halves = letters[:29], letters[29:]
+        box, start = ("TATAAA", "TCAGTT") if targets[-1] == 6 else ("TCAGTT", "TATAAA")
+        assert box in halves[0]
+        assert start in halves[1]
+        assert weights.sum() == weights[-1] == 1
+        seen.add(int(targets[-1]))
+    assert seen == {5, 6}
+    noisy = MotifOrder(length=60, mutation=1.0).batch(0, range(40))["tokens"]
+    assert (noisy[:, :-1] != made["tokens"][:, :-1]).any(1).all()
+    with pytest.raises(InputError, match="mutation"):
+        MotifOrder(mutation=2.0)
+
+
+def test_rows_arranged_on_the_device_are_those_of_the_host():
+    for task in (MotifOrder(), SegmentedRecall(), KeyValue()):
+        u = np.random.default_rng(0).random((5, task.draws), np.float32)
+        for host, device in zip(task.arranged(u, np), task.arranged(jnp.asarray(u), jnp)):
+            assert (host == np.asarray(device)).all()
 
 
 def test_markov_chains_have_the_entropies_they_say():

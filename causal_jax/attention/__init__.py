@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causal_jax.attention._base import AttentionSpec, Case, attention
-    from causal_jax.attention._implementations import Choice, choose, compiling_for
+    from causal_jax.attention._implementations import Choice, choose
     from causal_jax.attention.dense import Dense, dense_attention
     from causal_jax.attention.merge import merge_attention
 
@@ -21,7 +21,6 @@ _HOME = {
     "Choice": "_implementations",
     "Dense": "dense",
     "choose": "_implementations",
-    "compiling_for": "_implementations",
     "dense_attention": "dense",
     "merge_attention": "merge",
 }
@@ -33,7 +32,6 @@ __all__ = [
     "Dense",
     "attention",
     "choose",
-    "compiling_for",
     "dense_attention",
     "merge_attention",
 ]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from causal_jax.attention._implementations import target
 from causal_jax.attention._lsh import lsh_rank
+from causal_jax.hardware import elsewhere, target
 from causal_jax.masks import And, Full, Mask, Not, Prefix
 from causal_jax.masks import Dense as DenseMask
 from causal_jax.masks.values import field_shape
@@ -109,14 +109,11 @@ def solve(q, k, v, where: Where, mask: Mask, proj, key, cfg: Settings):
 def _run(problem: kernels.Problem, cfg: Settings):
     if cfg.implementation == "reference":
         return kernels.reference(problem, cfg.scale)
-    if cfg.implementation == "tpu":
-        if target() != "tpu":
-            raise NotImplementedError(f"tpu: it needs a TPU, this is {target()}")
-        return kernels.tpu(problem, cfg.scale)
-    if cfg.implementation == "gpu":
-        if target() not in ("gpu", "cuda"):
-            raise NotImplementedError(f"gpu: it needs a GPU, this is {target()}")
-        return kernels.gpu(problem, cfg.scale)
+    if cfg.implementation in ("tpu", "gpu"):
+        if reason := elsewhere(cfg.implementation):
+            raise NotImplementedError(f"{cfg.implementation}: {reason}")
+        kernel = kernels.tpu if cfg.implementation == "tpu" else kernels.gpu
+        return kernel(problem, cfg.scale)
     on_cpu = target() == "cpu"
     return kernels.xla(problem, cfg.scale, entries=2**19 if on_cpu else 0, upcast=on_cpu)
 

@@ -5,46 +5,19 @@ interpreted and compiled, so they must be named. Until they are measured, the de
 cudnn where it can serve, then tokamax, then "xla"; on a TPU and on a CPU it is "xla".
 """
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from causal_jax.errors import InputError
+from causal_jax.hardware import elsewhere, target
 from causal_jax.masks import And, Causal, Full, Mask, Prefix, Window, as_mask
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.block_sparse import gpu, tpu
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "tokamax", "tpu", "gpu")
 SMALL = 128 * 128  # queries x keys up to which all scores at once are as fast, and compile faster
-
-
-_TARGET: list[str] = []
-
-
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Choose for another platform than the one this process runs on.
-
-    For programs traced here and compiled ahead of time for a machine that is elsewhere. Trace
-    fresh functions inside: jit does not know this context, and remembers what it has traced.
-
-    Args:
-        platform: "cpu", "gpu" or "tpu".
-    """
-    _TARGET.append(platform)
-    try:
-        yield
-    finally:
-        _TARGET.pop()
-
-
-def target() -> str:
-    """The platform to choose for."""
-    return _TARGET[-1] if _TARGET else jax.default_backend()
 
 
 class Choice(NamedTuple):
@@ -129,15 +102,16 @@ def refusals(
         mask = mask & Prefix(kv_length)
     site = next((s for s in ("scores", "pattern") if tap.wants(s)), None)
     lost = f"site {site!r} needs all scores at once: only 'reference' has them" if site else None
-    mod = "it has no score_mod" if score_mod is not None else None
-    fused = lost or mod or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
+    plain = lost or ("it has no score_mod" if score_mod is not None else None)
+    unbiased = "it has no bias" if bias is not None else None
+    fused = plain or _fused_refusal(q, k, mask, sinks, q_offset, return_lse)
     return {
         "reference": None,
         "xla": lost,
         "cudnn": fused or _cudnn_refusal(q, k, v, bias, soft_cap, platform),
         "tokamax": fused or _tokamax_refusal(bias, soft_cap, platform),
-        "tpu": lost or mod or _own_refusal("tpu", bias, platform) or tpu.refusal(q, k, v),
-        "gpu": lost or mod or _own_refusal("gpu", bias, platform) or gpu.refusal(q, k, v),
+        "tpu": plain or elsewhere("tpu", platform) or unbiased or tpu.refusal(q, k, v),
+        "gpu": plain or elsewhere("gpu", platform) or unbiased or gpu.refusal(q, k, v),
     }
 
 
@@ -184,13 +158,6 @@ def _tokamax_refusal(bias, soft_cap, platform) -> str | None:
     if importlib.util.find_spec("tokamax") is None:
         return "tokamax is not installed (pip install 'causal_jax[kernels]')"
     return None
-
-
-def _own_refusal(name: str, bias, platform) -> str | None:
-    """Why our kernels for one kind of hardware cannot serve at all."""
-    if platform not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[name]:
-        return f"it needs a {name.upper()}, this is {platform}"
-    return "it has no bias" if bias is not None else None
 
 
 def causal_window(mask: Mask) -> tuple[bool, int | None] | None:

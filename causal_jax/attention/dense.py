@@ -34,10 +34,10 @@ from causal_jax.attention._implementations import (
     causal_window,
     choose,
     few,
-    target,
 )
 from causal_jax.attention._scores import few_queries, reference
 from causal_jax.errors import InputError
+from causal_jax.hardware import target
 from causal_jax.masks import Dense as DenseMask
 from causal_jax.masks import Mask, Prefix, Sinks, Window, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key

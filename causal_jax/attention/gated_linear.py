@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._implementations import target
 from causal_jax.attention._scores import _finite, _with_bad
 from causal_jax.errors import InputError
+from causal_jax.hardware import elsewhere
 from causal_jax.masks import And, Causal, Documents, Full, Keys, Mask, Not, Prefix, Sinks, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
@@ -163,12 +163,10 @@ def gated_linear_attention(
 
 def _own_refusal(implementation: str | None, q, k, v) -> str | None:
     """Why a kernel that was named cannot serve, or None."""
-    kernel = {"tpu": tpu, "gpu": gpu}.get(implementation or "")
-    if kernel is None:
+    if implementation not in ("tpu", "gpu"):
         return None
-    if target() not in {"tpu": ("tpu",), "gpu": ("gpu", "cuda")}[implementation or ""]:
-        return f"it needs a {(implementation or '').upper()}, this is {target()}"
-    return kernel.refusal(q, k, v)
+    kernel = tpu if implementation == "tpu" else gpu
+    return elsewhere(implementation) or kernel.refusal(q, k, v)
 
 
 def _all_pairs(q, k, v, g, mask, q_offset, normalise, tap):

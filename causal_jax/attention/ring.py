@@ -39,11 +39,9 @@ from causal_jax.errors import InputError
 from causal_jax.masks import PARTIAL, Mask, Prefix, as_mask
 from causal_jax.masks.tiles import Tiles
 from causal_jax.masks.values import namespace, pytree
-from causal_jax.placement import BATCH, TIME
+from causal_jax.placement import BATCH, HEADS, TIME, dividing
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
-
-HEADS = "tensor"  # the mesh axis that shares out heads
 
 
 class _Ring(NamedTuple):
@@ -114,8 +112,8 @@ def ring_attention(
     ring = _Ring(
         axis, n, T // (2 * n) if stripes else T // n, stripes, scale, soft_cap, implementation
     )
-    rows = _dividing(shape, BATCH, B)
-    heads = _dividing(shape, (HEADS,), K)
+    rows = dividing(shape, BATCH, B)
+    heads = dividing(shape, (HEADS,), K)
     spec = PartitionSpec(rows or None, axis, heads or None)
 
     def local(q, k, v, mask):
@@ -132,15 +130,6 @@ def ring_attention(
         check_vma=False,
     )(q, k, v, mask)
     return (o, lse) if return_lse else o
-
-
-def _dividing(shape: dict[str, int], axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """The mesh axes over which an array axis of this size can be cut."""
-    out, parts = (), 1
-    for axis in axes:
-        if shape.get(axis, 1) > 1 and size % (parts * shape[axis]) == 0:
-            out, parts = (*out, axis), parts * shape[axis]
-    return out
 
 
 def _index(axes: tuple[str, ...], shape: dict[str, int]) -> Any:

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.attention import choose
-from causal_jax.attention._implementations import refusals, target
+from causal_jax.attention._implementations import refusals
 from causal_jax.bench import mask_names
 from causal_jax.bench.attention import live_tiles
 from causal_jax.bench.options import positive, words
 from causal_jax.bench.report import Writer
 from causal_jax.errors import InputError
+from causal_jax.hardware import target
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 

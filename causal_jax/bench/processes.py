@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, writer: Writer) -> None:
 
 
 def train_together(words: Sequence[str], folder: Path, count: int, devices: int) -> list[float]:
-    """The training command in `count` processes; tokens/s of every record but the first two.
+    """The training command in `count` processes; tokens/s of its records, the first left out.
 
     Raises:
         InputError: a process failed; what it said.

@@ -24,8 +24,8 @@ from causal_jax.bench.report import Record, Writer, milliseconds, table
 from causal_jax.errors import InputError
 from causal_jax.training.checkpoint import Store, check_space
 from causal_jax.training.sharding import make_mesh, put_batch
-from causal_jax.training.state import abstract_state, graph_of, new_state, size_in_bytes
-from causal_jax.training.step import make_step
+from causal_jax.training.state import new_state, size_in_bytes, state_of
+from causal_jax.training.step import step_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,24 +55,12 @@ class _Training:
 
     def __init__(self, recipe: Any, seed: int, folder: Path):
         mesh = make_mesh(recipe.mesh)
-        tx, spec, ema = recipe.optimizer.transformation(), recipe.model, recipe.ema
-        abstract, _ = abstract_state(
-            spec, tx, mesh, ema=ema is not None, trainable=recipe.trained, rules=recipe.mesh.rules
-        )
+        abstract, _ = state_of(recipe, mesh)
         self.size = size_in_bytes(abstract)
         check_space(folder, 3 * self.size)
-        self.step = make_step(
-            graph_of(spec),
-            recipe.objective,
-            recipe.optimizer,
-            abstract,
-            mesh,
-            steps=recipe.steps,
-            accumulate=recipe.accumulate,
-            trainable=recipe.trained,
-            ema=ema,
-        )
-        self.state = new_state(spec, tx, abstract, recipe.seed, trainable=recipe.trained)
+        self.step = step_of(recipe, abstract, mesh)
+        tx = recipe.optimizer.transformation()
+        self.state = new_state(recipe.model, tx, abstract, recipe.seed, trainable=recipe.trained)
         self.rows, self.key = put_batch(mesh, recipes.random_batch(recipe, seed)), jax.random.key(0)
         self.store, self.saves = Store(folder, keep=1, keep_best=0), 0
         self.every = recipe.checkpoint.every

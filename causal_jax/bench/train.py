@@ -23,8 +23,8 @@ from causal_jax.bench.timing import (
 from causal_jax.errors import InputError
 from causal_jax.training.recipe import Recipe
 from causal_jax.training.sharding import make_mesh, put_batch
-from causal_jax.training.state import abstract_state, graph_of, new_state
-from causal_jax.training.step import make_step
+from causal_jax.training.state import graph_of, new_state, state_of
+from causal_jax.training.step import step_of
 
 PEERS = ("torch", "torch-compile")
 
@@ -96,19 +96,8 @@ def our_step(recipe: Recipe, batch: dict[str, np.ndarray]) -> tuple[Candidate, A
             f"trainable = {recipe.trainable!r}, model.lora = {getattr(spec, 'lora', None)}: the "
             "peers train everything and have no adapters; leave both empty"
         )
-    averaged = recipe.ema is not None
-    abstract, _ = abstract_state(spec, tx, mesh, ema=averaged, rules=recipe.mesh.rules)
-    graph = graph_of(spec)
-    step = make_step(
-        graph,
-        recipe.objective,
-        recipe.optimizer,
-        abstract,
-        mesh,
-        steps=recipe.steps,
-        accumulate=recipe.accumulate,
-        ema=recipe.ema,
-    )
+    abstract, _ = state_of(recipe, mesh)
+    graph, step = graph_of(spec), step_of(recipe, abstract, mesh)
     held = {"state": new_state(spec, tx, abstract, recipe.seed)}
     weights = nnx.merge(graph, jax.tree.map(np.asarray, held["state"]["params"]))
     rows, key = put_batch(mesh, batch), jax.random.key(recipe.seed)

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from causal_jax.attention.ring import HEADS, _dividing
 from causal_jax.memory._state import Gates
-from causal_jax.placement import BATCH, TIME
+from causal_jax.placement import BATCH, HEADS, TIME, dividing
 from causal_jax.shapes import Array
 
 
@@ -45,8 +44,8 @@ def over_context(
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     B, _, N, H = q.shape
     V = v.shape[-1]
-    rows = _dividing(shape, BATCH, B) or None
-    heads = _dividing(shape, (HEADS,), N) or None
+    rows = dividing(shape, BATCH, B) or None
+    heads = dividing(shape, (HEADS,), N) or None
     of_token, of_head = PartitionSpec(rows, TIME, heads), PartitionSpec(rows, heads)
     flag = PartitionSpec(rows, TIME)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from causal_jax.attention._implementations import target
+from causal_jax.hardware import elsewhere
 from causal_jax.memory import _frames
 from causal_jax.memory._anchored import Chunk, form_of, lifted, lowered
 from causal_jax.memory._chunks import from_chunks, into_chunks
@@ -30,8 +30,8 @@ def check(name: str, tap: Tap) -> None:
     """
     if name == "gpu":
         raise NotImplementedError(f"gpu: {gpu.refusal()}")
-    if not INTERPRET and target() != "tpu":
-        raise NotImplementedError(f"tpu: it needs a TPU, this is {target()}")
+    if not INTERPRET and (reason := elsewhere("tpu")):
+        raise NotImplementedError(f"tpu: {reason}")
     if tap.wants("surprise"):
         raise NotImplementedError("tpu: its kernel keeps no surprise; take 'chunked'")
 

@@ -25,6 +25,11 @@ class ModelSpec:
     causal: ClassVar[bool] = True
     frozen: ClassVar[str] = ""  # beginning of the names of parameters that are never trained
 
+    @property
+    def on_host(self) -> str:
+        """Pattern of the parameters that rest in the host's memory; empty: none do."""
+        return ""
+
     def build(self, key: jax.Array) -> nnx.Module:
         """The module with freshly drawn parameters; same key, same parameters."""
         raise NotImplementedError

@@ -17,20 +17,18 @@ from causal_jax.models._base import ModelSpec
 from causal_jax.papers import _harness
 from causal_jax.shapes import Array, Bool, Float, Int
 from causal_jax.training.optimizer import Optimizer
+from causal_jax.training.state import graph_of
 
 # for programs of a minute or two: compiles in 60 % of the time, and is no slower at these sizes
 QUICK = {"xla_backend_optimization_level": 1}
 
 
-@functools.cache
-def graph_of(spec: ModelSpec) -> Any:
-    """The structure of a spec's model, without parameters."""
-    return nnx.split(nnx.eval_shape(lambda: spec.build(jax.random.key(0))))[0]
+_graph_of = functools.cache(graph_of)
 
 
 def model_of(spec: ModelSpec, params: Any) -> Any:
     """The model with these parameters."""
-    return nnx.merge(graph_of(spec), params)
+    return nnx.merge(_graph_of(spec), params)
 
 
 def fresh(spec: ModelSpec) -> Callable[[Any], Any]:

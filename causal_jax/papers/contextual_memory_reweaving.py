@@ -12,7 +12,9 @@ that only it can solve: segmented recall. Attention ends at a segment's border, 
 above chance is information that rewoven states carried. Controls: the same parameters with the
 weaving shut (the decoder alone), captures at random, and a store that keeps the latest. Thresholds
 are those of this project's specification card; its sizes (segments of 32, 32 keys, batches of 32,
-1,500 steps) are the `full` setting; `small` halves segments, store and symbols, in proportion.
+1,500 steps) are the `full` setting; `small` halves segments, store and symbols, in proportion, and
+has batches of 8 and 900 steps. Never run to its end: how long it takes is not known, and no figure
+is kept.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ the teacher at chance. Gates make no difference here (the filler repeats, nothin
 forgotten) and are reported only. Thresholds are the card's.
 
 Never run to its end, so none of this is evidence yet; whether it takes 5 minutes is not known
-either. (Until its backward pass was written by hand, gated linear attention at these sizes ended
-the process on a CPU: see `pallas_kernels.gated_linear.xla`.)
+either. (Runs were ended by a fault of XLA on CPUs, which `pallas_kernels.gated_linear.xla` now
+avoids; none has been made to its end since.)
 
 Full setting: `train --config configs/linearize_smollm2.py` does it to SmolLM2.
 

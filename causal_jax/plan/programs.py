@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from causal_jax.attention._implementations import compiling_for
 from causal_jax.bench.recipes import context
 from causal_jax.errors import InputError
+from causal_jax.hardware import compiling_for
 from causal_jax.placement import BATCH
 from causal_jax.plan.chips import Target
 from causal_jax.training import state, step
@@ -76,26 +76,8 @@ def training_step(recipe: Recipe, target: Target) -> Traced:
     mesh = mesh_of(recipe.mesh, target)
     rows, length = recipe.data.batch, context(recipe)
     check_batch(mesh, rows, length, recipe.accumulate)
-    tx = recipe.optimizer.transformation()
-    abstract, whole = state.abstract_state(
-        recipe.model,
-        tx,
-        mesh,
-        ema=recipe.ema is not None,
-        trainable=recipe.trained,
-        rules=recipe.mesh.rules,
-    )
-    run = step.make_step(
-        state.graph_of(recipe.model),
-        recipe.objective,
-        recipe.optimizer,
-        abstract,
-        mesh,
-        steps=recipe.steps,
-        accumulate=recipe.accumulate,
-        trainable=recipe.trained,
-        ema=recipe.ema,
-    )
+    abstract, whole = state.state_of(recipe, mesh)
+    run = step.step_of(recipe, abstract, mesh)
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), kind, sharding=batch_sharding(mesh, 2))
         for name, kind in _FIELDS.items()

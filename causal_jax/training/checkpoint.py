@@ -209,17 +209,21 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             if _in_host_memory(parts):
                 copies, sums = _copy(parts)
-                job = self._writer.submit(
-                    lambda: (
-                        self._write(ocp.save_checkpointables, step, copies, sums, meta),
-                        self._prune(),
-                    )
-                )
-                self._saving = (step, job.result)
+
+                def write():
+                    self._write(ocp.save_checkpointables, step, copies, sums, meta)
+                    self._prune()
+
+                self._saving = (step, self._writer.submit(write).result)
             else:
                 sums = {name: checksum(part) for name, part in parts.items()}
                 job = self._write(ocp.save_checkpointables_async, step, parts, sums, meta)
-                self._saving = (step, lambda: (job.result(), self._prune()))
+
+                def finish():
+                    job.result()
+                    self._prune()
+
+                self._saving = (step, finish)
 
     def _write(self, how: Callable, step: int, parts: Any, sums: Any, meta: dict) -> Any:
         from orbax.checkpoint import v1 as ocp

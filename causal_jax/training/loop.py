@@ -110,14 +110,7 @@ class Loop:
 
         tx = recipe.optimizer.transformation()
         self.graph = state.graph_of(recipe.model)
-        abstract, whole = state.abstract_state(
-            recipe.model,
-            tx,
-            mesh,
-            ema=recipe.ema is not None,
-            trainable=recipe.trained,
-            rules=recipe.mesh.rules,
-        )
+        abstract, whole = state.state_of(recipe, mesh)
         check_space(workdir, state.size_in_bytes(abstract))
         self.data = iter(prepared.train)
         found = store.restore(abstract)
@@ -136,17 +129,7 @@ class Loop:
             self.state, meta = found
             self.data.set_state(meta["data"])
         self.start = int(self.state["step"])
-        self.step = step.make_step(
-            self.graph,
-            recipe.objective,
-            recipe.optimizer,
-            abstract,
-            mesh,
-            steps=recipe.steps,
-            accumulate=recipe.accumulate,
-            trainable=recipe.trained,
-            ema=recipe.ema,
-        )
+        self.step = step.step_of(recipe, abstract, mesh)
         self.evaluate = step.make_eval_step(self.graph, recipe.objective, mesh)
         self.profiler = Profiler(workdir / "profile", recipe.report.profile)
         self.reporter = self._reporter()

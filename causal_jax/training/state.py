@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from causal_jax.models._base import ModelSpec
 from causal_jax.paths import map_named, partition
+from causal_jax.training.recipe import Recipe
 from causal_jax.training.sharding import state_shardings
 
 State = dict[str, Any]
@@ -52,6 +53,18 @@ def init_state(
     return state | {"ema": jax.tree.map(jnp.copy, params)} if ema else state
 
 
+def state_of(recipe: Recipe, mesh: Mesh) -> tuple[State, list[str]]:
+    """`abstract_state` of the state that a recipe asks for."""
+    return abstract_state(
+        recipe.model,
+        recipe.optimizer.transformation(),
+        mesh,
+        ema=recipe.ema is not None,
+        trainable=recipe.trained,
+        rules=recipe.mesh.rules,
+    )
+
+
 def abstract_state(
     spec: ModelSpec,
     tx: optax.GradientTransformation,
@@ -72,8 +85,9 @@ def abstract_state(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings, kept = state_shardings(mesh, shapes, rules, _heads(spec))
-    if resting := getattr(spec, "on_host", ""):
-        parts = {name: _on_host(resting, shardings[name]) for name in {"params", "ema"} & {*shapes}}
+    if spec.on_host:
+        both = {"params", "ema"} & {*shapes}
+        parts = {name: _on_host(spec.on_host, shardings[name]) for name in both}
         shardings = shardings | parts
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings

@@ -22,10 +22,26 @@ from causal_jax.objectives._base import Objective
 from causal_jax.paths import combine, partition
 from causal_jax.placement import BATCH, TIME
 from causal_jax.training.optimizer import Optimizer
-from causal_jax.training.state import State, shardings_of
+from causal_jax.training.recipe import Recipe
+from causal_jax.training.state import State, graph_of, shardings_of
 
 Batch = dict[str, jax.Array]
 Step = Callable[[State, Batch, jax.Array], tuple[State, dict[str, Any]]]
+
+
+def step_of(recipe: Recipe, abstract: State, mesh: Mesh) -> Step:
+    """The step that a recipe asks for; `abstract` as of `training.state.state_of`."""
+    return make_step(
+        graph_of(recipe.model),
+        recipe.objective,
+        recipe.optimizer,
+        abstract,
+        mesh,
+        steps=recipe.steps,
+        accumulate=recipe.accumulate,
+        trainable=recipe.trained,
+        ema=recipe.ema,
+    )
 
 
 def make_step(

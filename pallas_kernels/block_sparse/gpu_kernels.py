@@ -8,54 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._compat import mosaic_gpu, transposed
+from pallas_kernels._compat import mosaic_gpu
+from pallas_kernels._hopper import buffer, fetch, kernel, loaded, product
 from pallas_kernels.block_sparse.gpu import LOG2E, Config
-
-
-def _kernel(body: Any, cfg: Config, grid, out_type, scratch, threads: int = 1) -> Any:
-    plgpu = mosaic_gpu()
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=threads,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=False),
-        interpret=cfg.interpret,
-    )
-
-
-def _buffer(rows: int, width: int, dtype: Any, copies: tuple[int, ...] = ()) -> Any:
-    """Shared memory in the layout that WGMMA reads."""
-    plgpu = mosaic_gpu()
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*copies, rows, width), dtype, transforms=transforms)
-
-
-def _product(cfg: Config, a, b, shape, flip: bool = False) -> Any:
-    """a b (or a b^T when flipped) in float32; a in registers or shared memory, b in the latter."""
-    plgpu = mosaic_gpu()
-    if cfg.interpret:  # the interpreter's WGMMA reads no transposed buffers
-        a, b = a[...], b[...]
-        contract = (((1,), (1 if flip else 0,)), ((), ()))
-        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
-
-    def run(acc):
-        plgpu.wgmma(acc, a, transposed(b) if flip else b)
-        return acc[...]
-
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-
-
-def _fetch(pairs, barrier) -> None:
-    """Copy to shared memory, and wait for all of it."""
-    plgpu = mosaic_gpu()
-    for n, (source, target) in enumerate(pairs):
-        plgpu.copy_gmem_to_smem(source, target, barrier.at[n])
-    for n in range(len(pairs)):
-        plgpu.barrier_wait(barrier.at[n])
 
 
 def _held(cfg: Config, shape: tuple[int, ...], value: float) -> Any:
@@ -66,15 +21,9 @@ def _held(cfg: Config, shape: tuple[int, ...], value: float) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _loaded(cfg: Config, ref, layout: Any) -> Any:
-    if cfg.interpret:
-        return ref[...]
-    return mosaic_gpu().load(ref, (), layout=layout, optimized=False)
-
-
 def _vector(cfg: Config, ref, along: int) -> Any:
     """A vector in memory, held so that it can be repeated along the other axis of a tile."""
-    return _loaded(cfg, ref, mosaic_gpu().Layout.WGMMA.reduce(1 - along))
+    return loaded(cfg, ref, mosaic_gpu().Layout.WGMMA.reduce(1 - along))
 
 
 def _wide(x, shape, axis: int) -> Any:
@@ -107,7 +56,7 @@ def _allowed(cfg: Config, vectors, offset, batch, head, row, column, slot, flip:
         at = (batch if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0)
         if axis == "stored":
             part = ref.at[(*at, pl.ds(slot * shape[0], shape[0]), slice(None))]
-            tiles.append(_loaded(cfg, part, plgpu.Layout.WGMMA))
+            tiles.append(loaded(cfg, part, plgpu.Layout.WGMMA))
             continue
         block, tile = (cfg.block_q, row) if axis == "q" else (cfg.block_k, column)
         along = int((axis == "q") == flip)
@@ -177,19 +126,19 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
         batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         own = lax.div(head, jnp.int32(cfg.groups))
         here = pl.ds(row * bq, bq)
-        _fetch([(q.at[batch, here, head], q_s)], barrier)
+        fetch([(q.at[batch, here, head], q_s)], barrier)
 
         def step(partial, column, slot, carry):
             acc, m, l = carry
             there = pl.ds(column * bk, bk)
-            _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
-            s, _ = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+            s, _ = _scores(cfg, product(cfg, q_s, k_s, tile, True))
             s = _biased(cfg, vectors, s, batch, column, 1)
             if partial:
                 ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, False)
                 s = jnp.where(ok, s, -jnp.inf)
             p, decay, m, l = _online(s, m, l)
-            part = _product(cfg, p.astype(v_s.dtype), v_s, (bq, width))
+            part = product(cfg, p.astype(v_s.dtype), v_s, (bq, width))
             return acc * _wide(decay, acc.shape, 0) + part, m, l
 
         carry = _begin(cfg, bq, width, sinks[head] if cfg.sinks else None)
@@ -207,11 +156,11 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
         jax.ShapeDtypeStruct((B, N, T), jnp.float32),
     ]
     scratch = [
-        _buffer(bq, H, q.dtype), _buffer(bk, H, q.dtype), _buffer(bk, width, q.dtype),
-        _buffer(bq, width, q.dtype), plgpu.SMEM((bq,), jnp.float32),
+        buffer(bq, H, q.dtype), buffer(bk, H, q.dtype), buffer(bk, width, q.dtype),
+        buffer(bq, width, q.dtype), plgpu.SMEM((bq,), jnp.float32),
         plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_barriers=1),
     ]  # fmt: skip
-    run = _kernel(body, cfg, (N, T // bq, B), out, scratch)
+    run = kernel(body, cfg, (N, T // bq, B), out, scratch)
     return run(q, k, v, sinks, offset, *listed, *vectors)
 
 
@@ -227,21 +176,21 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         batch, head, row = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         own = lax.div(head, jnp.int32(cfg.groups))
         here = pl.ds(row * bq, bq)
-        _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
+        fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
         far, delta = (_vector(cfg, x.at[batch, head, here], 0) for x in (far, delta))
 
         def step(partial, column, slot, acc):
             there = pl.ds(column * bk, bk)
-            _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
-            s, slope = _scores(cfg, _product(cfg, q_s, k_s, tile, True))
+            fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+            s, slope = _scores(cfg, product(cfg, q_s, k_s, tile, True))
             s = _biased(cfg, vectors, s, batch, column, 1)
             p = jnp.exp2(s * LOG2E - _wide(far, tile, 0))
-            ds = p * (_product(cfg, do_s, v_s, tile, True) - _wide(delta, tile, 0))
+            ds = p * (product(cfg, do_s, v_s, tile, True) - _wide(delta, tile, 0))
             ds = ds if slope is None else ds * slope
             if partial:
                 ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, False)
                 ds = jnp.where(ok, ds, 0.0)
-            return acc + _product(cfg, ds.astype(k_s.dtype), k_s, (bq, H))
+            return acc + product(cfg, ds.astype(k_s.dtype), k_s, (bq, H))
 
         acc = _over((full, count, idx, stored), batch, head, row, step, _held(cfg, (bq, H), 0.0))
         q_s[...] = (acc * cfg.scale).astype(q_s.dtype)
@@ -250,11 +199,11 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        _buffer(bq, H, q.dtype), _buffer(bq, width, q.dtype), _buffer(bk, H, q.dtype),
-        _buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
+        buffer(bq, H, q.dtype), buffer(bq, width, q.dtype), buffer(bk, H, q.dtype),
+        buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    run = _kernel(body, cfg, (N, T // bq, B), out, scratch)
+    run = kernel(body, cfg, (N, T // bq, B), out, scratch)
     return run(q, k, v, do, far, delta, offset, *listed, *vectors)[0]
 
 
@@ -276,7 +225,7 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         *vectors, dk, dv, q_s, do_s, k_s, v_s, barrier = refs
         batch, own, column = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         there = pl.ds(column * bk, bk)
-        _fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
+        fetch([(k.at[batch, there, own], k_s), (v.at[batch, there, own], v_s)], barrier)
 
         def of_head(group, carry):
             head = own * cfg.groups + group
@@ -284,18 +233,18 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
             def step(partial, row, slot, carry):
                 dk, dv = carry
                 here = pl.ds(row * bq, bq)
-                _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
+                fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
                 fari, deltai = (_vector(cfg, x.at[batch, head, here], 1) for x in (far, delta))
-                s, slope = _scores(cfg, _product(cfg, k_s, q_s, tile, True))
+                s, slope = _scores(cfg, product(cfg, k_s, q_s, tile, True))
                 s = _biased(cfg, vectors, s, batch, column, 0)
                 p = jnp.exp2(s * LOG2E - _wide(fari, tile, 1))
-                ds = p * (_product(cfg, v_s, do_s, tile, True) - _wide(deltai, tile, 1))
+                ds = p * (product(cfg, v_s, do_s, tile, True) - _wide(deltai, tile, 1))
                 ds = ds if slope is None else ds * slope
                 if partial:
                     ok = _allowed(cfg, vectors, offset, batch, head, row, column, slot, True)
                     p, ds = jnp.where(ok, p, 0.0), jnp.where(ok, ds, 0.0)
-                dv = dv + _product(cfg, p.astype(do_s.dtype), do_s, (bk, width))
-                return dk + _product(cfg, ds.astype(q_s.dtype), q_s, (bk, H)), dv
+                dv = dv + product(cfg, p.astype(do_s.dtype), do_s, (bk, width))
+                return dk + product(cfg, ds.astype(q_s.dtype), q_s, (bk, H)), dv
 
             return _over((full, count, idx, stored), batch, head, column, step, carry)
 
@@ -309,9 +258,9 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        _buffer(bq, H, q.dtype), _buffer(bq, width, q.dtype), _buffer(bk, H, q.dtype),
-        _buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
+        buffer(bq, H, q.dtype), buffer(bq, width, q.dtype), buffer(bk, H, q.dtype),
+        buffer(bk, width, q.dtype), plgpu.Barrier(num_barriers=2),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
-    run = _kernel(body, cfg, (K, S // bk, B), out, scratch)
+    run = kernel(body, cfg, (K, S // bk, B), out, scratch)
     return run(q, k, v, do, far, delta, offset, *listed, *vectors)

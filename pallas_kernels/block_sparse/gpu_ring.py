@@ -12,6 +12,7 @@ multiplied 64 at a time so that scores fit into registers beside the two sums.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,17 +22,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._compat import mosaic_gpu
+from pallas_kernels._hopper import buffer, kernel, product
 from pallas_kernels.block_sparse.gpu import LOG2E, Config
 from pallas_kernels.block_sparse.gpu_kernels import (
     _allowed,
     _begin,
     _biased,
-    _buffer,
     _end,
     _held,
-    _kernel,
     _online,
-    _product,
     _scores,
     _turned,
     _vector,
@@ -80,11 +79,23 @@ def _rings(rows: int, widths: tuple[int, int], dtype: Any) -> list[Any]:
     out = []
     for width in widths:
         out += [
-            _buffer(rows, width, dtype, (stages,)),
+            buffer(rows, width, dtype, (stages,)),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ]
     return out
+
+
+def _feed(listed, at, bk: int, rings, sources, where) -> None:
+    """The producer of o and dq: tiles of keys and of values, in the order that they are read."""
+    batch, own = where
+
+    def step(partial, n, column, slot, carry):
+        for ring, source in zip(rings, sources):
+            ring.fill(n, source.at[batch, pl.ds(column * bk, bk), own])
+        return carry
+
+    _walk(listed, at, 0, step, 0)
 
 
 def _divided(cfg: Config, compute: Callable, feed: Callable) -> None:
@@ -128,7 +139,7 @@ def _accumulated(cfg: Config, acc, a, b) -> Any:
     """acc + a b."""
     plgpu = mosaic_gpu()
     if cfg.interpret:  # knows no state of a warpgroup's accumulator
-        return acc + _product(cfg, a, b, acc.shape)
+        return acc + product(cfg, a, b, acc.shape)
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
@@ -160,7 +171,7 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
 
             def step(partial, n, column, slot, carry):
                 acc, m, l = carry
-                s, _ = _scores(cfg, _product(cfg, q_s.at[half], keys.take(n), tile, True))
+                s, _ = _scores(cfg, product(cfg, q_s.at[half], keys.take(n), tile, True))
                 keys.give_back(n)
                 s = _biased(cfg, vectors, s, batch, column, 1)
                 if partial:
@@ -182,15 +193,7 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
             plgpu.copy_smem_to_gmem(lse_s.at[half], lse.at[batch, head, mine])
             plgpu.wait_smem_to_gmem(0)
 
-        def feed():
-            def step(partial, n, column, slot, carry):
-                here = pl.ds(column * bk, bk)
-                keys.fill(n, k.at[batch, here, own])
-                values.fill(n, v.at[batch, here, own])
-                return carry
-
-            _walk(listed, at, 0, step, 0)
-
+        feed = functools.partial(_feed, listed, at, bk, (keys, values), (k, v), (batch, own))
         _divided(cfg, compute, feed)
 
     out = [
@@ -198,11 +201,11 @@ def forward(cfg: Config, q, k, v, sinks, offset, listed, vectors):
         jax.ShapeDtypeStruct((B, N, T), jnp.float32),
     ]
     scratch = [
-        _buffer(HALF, H, q.dtype, (COMPUTE,)), _buffer(HALF, width, q.dtype, (COMPUTE,)),
+        buffer(HALF, H, q.dtype, (COMPUTE,)), buffer(HALF, width, q.dtype, (COMPUTE,)),
         plgpu.SMEM((COMPUTE, HALF), jnp.float32), plgpu.Barrier(num_barriers=COMPUTE),
         *_rings(bk, (H, width), q.dtype),
     ]  # fmt: skip
-    run = _kernel(body, cfg, (N, T // bq, B), out, scratch, COMPUTE + 1)
+    run = kernel(body, cfg, (N, T // bq, B), out, scratch, COMPUTE + 1)
     return run(q, k, v, sinks, offset, *listed, *vectors)
 
 
@@ -229,10 +232,10 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
 
             def step(partial, n, column, slot, acc):
                 kj = keys.take(n)
-                s, slope = _scores(cfg, _product(cfg, q_s.at[half], kj, tile, True))
+                s, slope = _scores(cfg, product(cfg, q_s.at[half], kj, tile, True))
                 s = _biased(cfg, vectors, s, batch, column, 1)
                 p = jnp.exp2(s * LOG2E - _wide(fari, tile, 0))
-                dp = _product(cfg, do_s.at[half], values.take(n), tile, True)
+                dp = product(cfg, do_s.at[half], values.take(n), tile, True)
                 values.give_back(n)
                 ds = p * (dp - _wide(deltai, tile, 0))
                 ds = ds if slope is None else ds * slope
@@ -250,23 +253,15 @@ def backward_q(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
             plgpu.copy_smem_to_gmem(q_s.at[half], dq.at[batch, mine, head])
             plgpu.wait_smem_to_gmem(0)
 
-        def feed():
-            def step(partial, n, column, slot, carry):
-                here = pl.ds(column * bk, bk)
-                keys.fill(n, k.at[batch, here, own])
-                values.fill(n, v.at[batch, here, own])
-                return carry
-
-            _walk(listed, at, 0, step, 0)
-
+        feed = functools.partial(_feed, listed, at, bk, (keys, values), (k, v), (batch, own))
         _divided(cfg, compute, feed)
 
     scratch = [
-        _buffer(HALF, H, q.dtype, (COMPUTE,)), _buffer(HALF, width, q.dtype, (COMPUTE,)),
+        buffer(HALF, H, q.dtype, (COMPUTE,)), buffer(HALF, width, q.dtype, (COMPUTE,)),
         plgpu.Barrier(num_barriers=COMPUTE), *_rings(bk, (H, width), q.dtype),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    run = _kernel(body, cfg, (N, T // bq, B), out, scratch, COMPUTE + 1)
+    run = kernel(body, cfg, (N, T // bq, B), out, scratch, COMPUTE + 1)
     return run(q, k, v, do, far, delta, offset, *listed, *vectors)[0]
 
 
@@ -310,10 +305,10 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
                     qi, doi = q_n.at[inside], do_n.at[inside]
                     here = pl.ds(row * bq + part * HALF, HALF)
                     fari, deltai = (_vector(cfg, x.at[batch, head, here], 1) for x in (far, delta))
-                    s, slope = _scores(cfg, _product(cfg, k_s.at[half], qi, tile, True))
+                    s, slope = _scores(cfg, product(cfg, k_s.at[half], qi, tile, True))
                     s = _biased(halved, vectors, s, batch, column * COMPUTE + half, 0)
                     p = jnp.exp2(s * LOG2E - _wide(fari, tile, 1))
-                    dp = _product(cfg, v_s.at[half], doi, tile, True)
+                    dp = product(cfg, v_s.at[half], doi, tile, True)
                     ds = p * (dp - _wide(deltai, tile, 1))
                     ds = ds if slope is None else ds * slope
                     if partial:
@@ -352,11 +347,11 @@ def backward_kv(cfg: Config, q, k, v, do, far, delta, offset, listed, vectors):
         _divided(cfg, compute, feed)
 
     scratch = [
-        _buffer(HALF, H, q.dtype, (COMPUTE,)), _buffer(HALF, width, q.dtype, (COMPUTE,)),
+        buffer(HALF, H, q.dtype, (COMPUTE,)), buffer(HALF, width, q.dtype, (COMPUTE,)),
         plgpu.Barrier(num_barriers=COMPUTE), *_rings(bq, (H, width), q.dtype),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
-    run = _kernel(body, cfg, (K, S // bk, B), out, scratch, COMPUTE + 1)
+    run = kernel(body, cfg, (K, S // bk, B), out, scratch, COMPUTE + 1)
     return run(q, k, v, do, far, delta, offset, *listed, *vectors)
 
 

@@ -8,63 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels._compat import mosaic_gpu, transposed
+from pallas_kernels._compat import mosaic_gpu
+from pallas_kernels._hopper import buffer, fetch, kernel, loaded, product
 from pallas_kernels.gated_linear.gpu import CHUNK, Config
 from pallas_kernels.gated_linear.halves import between, levels, part
 
 SQUARE = (CHUNK, CHUNK)
-
-
-def _kernel(body: Any, cfg: Config, grid, out_type, scratch) -> Any:
-    plgpu = mosaic_gpu()
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("heads", "chunks", "batch"),
-        num_threads=1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=False),
-        interpret=cfg.interpret,
-    )
-
-
-def _buffer(rows: int, width: int) -> Any:
-    """Shared memory of bfloat16 in the layout that WGMMA reads."""
-    plgpu = mosaic_gpu()
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((rows, width), jnp.bfloat16, transforms=transforms)
-
-
-def _product(cfg: Config, a, b, shape, flip: bool = False) -> Any:
-    """a b (or a b^T when flipped) in float32; a in registers or shared memory, b in the latter."""
-    plgpu = mosaic_gpu()
-    if cfg.interpret:  # the interpreter's WGMMA reads no transposed buffers
-        a, b = a[...], b[...]
-        contract = (((1,), (1 if flip else 0,)), ((), ()))
-        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
-
-    def run(acc):
-        plgpu.wgmma(acc, a, transposed(b) if flip else b)
-        return acc[...]
-
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-
-
-def _fetch(pairs, barrier) -> None:
-    """Copy to shared memory, and wait for all of it."""
-    plgpu = mosaic_gpu()
-    for n, (source, target) in enumerate(pairs):
-        plgpu.copy_gmem_to_smem(source, target, barrier.at[n])
-    for n in range(len(pairs)):
-        plgpu.barrier_wait(barrier.at[n])
-
-
-def _loaded(cfg: Config, ref, layout: Any) -> Any:
-    if cfg.interpret:  # the interpreter knows no layouts
-        return ref[...]
-    return mosaic_gpu().load(ref, (), layout=layout, optimized=False)
+_buffer = functools.partial(buffer, dtype=jnp.bfloat16)
 
 
 def _put(x, source, target) -> None:
@@ -98,7 +48,7 @@ class _Chunk:
         if cfg.documents:
             here = document.at[batch, pl.ds(chunk * CHUNK, CHUNK)]
             self.row, column = (
-                _loaded(cfg, here, None if layout is None else layout.reduce(1 - axis))
+                loaded(cfg, here, None if layout is None else layout.reduce(1 - axis))
                 for axis in (0, 1)
             )
             self.before, self.last = before[batch, chunk], document[batch, (chunk + 1) * CHUNK - 1]
@@ -109,7 +59,7 @@ class _Chunk:
         """exp of sums of gates [C, F]: those that a matrix of booleans picks, row by row."""
         ones = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
         shape = (CHUNK, self.gates[0].shape[1])
-        parts = [_product(self.cfg, ones, gate, shape) for gate in self.gates]
+        parts = [product(self.cfg, ones, gate, shape) for gate in self.gates]
         return jnp.exp(parts[0] + parts[1] + parts[2])
 
     def middle(self, level: int) -> Any:
@@ -143,11 +93,11 @@ def forward(cfg: Config, document, before, q, k, v, gates, states) -> Any:
 
     def body(document, before, q, k, v, g1, g2, g3, states, o, *scratch):
         q_s, k_s, v_s, *gates, s_s, x_s, o_s, barrier = scratch
-        batch, head, chunk = (lax.axis_index(x) for x in ("batch", "heads", "chunks"))
+        batch, head, chunk = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         own = lax.div(head, jnp.int32(cfg.groups))
         here = pl.ds(chunk * CHUNK, CHUNK)
         at = (batch, here, own)
-        _fetch(
+        fetch(
             [(q.at[batch, here, head], q_s), (k.at[at], k_s), (v.at[at], v_s),
              *((g.at[at], s) for g, s in zip((g1, g2, g3), gates)),
              (states.at[batch, own, pl.ds(chunk * F, F)], s_s)],
@@ -155,13 +105,13 @@ def forward(cfg: Config, document, before, q, k, v, gates, states) -> Any:
         )  # fmt: skip
         it = _Chunk(cfg, gates, document, before, batch, chunk)
         qi, ki = (_registers(cfg, x) for x in (q_s, k_s))
-        a = it.pairs(-1, _product(cfg, q_s, k_s, SQUARE, True))
+        a = it.pairs(-1, product(cfg, q_s, k_s, SQUARE, True))
         for level in range(levels(CHUNK)):
             x = it.middle(level)
             kx = _staged(ki * x, x_s)
-            a = a + it.pairs(level, _product(cfg, _half(qi * x), kx, SQUARE, True))
-        out = _product(cfg, _half(a), v_s, (CHUNK, V))
-        out = out + _product(cfg, _half(qi * it.reads()), s_s, (CHUNK, V))
+            a = a + it.pairs(level, product(cfg, _half(qi * x), kx, SQUARE, True))
+        out = product(cfg, _half(a), v_s, (CHUNK, V))
+        out = out + product(cfg, _half(qi * it.reads()), s_s, (CHUNK, V))
         _put(out, o_s, o.at[batch, here, head])
 
     plgpu = mosaic_gpu()
@@ -170,7 +120,7 @@ def forward(cfg: Config, document, before, q, k, v, gates, states) -> Any:
         plgpu.SMEM((CHUNK, V), jnp.float32), plgpu.Barrier(num_barriers=7),
     ]  # fmt: skip
     out = jax.ShapeDtypeStruct((B, T, N, V), jnp.float32)
-    run = _kernel(body, cfg, (N, T // CHUNK, B), [out], scratch)
+    run = kernel(body, cfg, (N, T // CHUNK, B), [out], scratch)
     return run(document, before, q, k, v, *gates, states)[0]
 
 
@@ -180,10 +130,10 @@ def backward(cfg: Config, document, before, q, k, v, gates, states, after, do) -
 
     def body(document, before, q, k, v, g1, g2, g3, states, after, do, dq, dk, dv, *scratch):
         q_s, k_s, v_s, *gates, s_s, d_s, do_s, qx_s, kx_s, f_s, w_s, barrier = scratch
-        batch, own, chunk = (lax.axis_index(x) for x in ("batch", "heads", "chunks"))
+        batch, own, chunk = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         here = pl.ds(chunk * CHUNK, CHUNK)
         at, state = (batch, here, own), (batch, own, pl.ds(chunk * F, F))
-        _fetch(
+        fetch(
             [(k.at[at], k_s), (v.at[at], v_s),
              *((g.at[at], s) for g, s in zip((g1, g2, g3), gates)),
              (states.at[state], s_s), (after.at[state], d_s)],
@@ -191,29 +141,29 @@ def backward(cfg: Config, document, before, q, k, v, gates, states, after, do) -
         )  # fmt: skip
         it = _Chunk(cfg, gates, document, before, batch, chunk)
         ki, writes = _registers(cfg, k_s), it.writes()
-        dki = writes * _product(cfg, v_s, d_s, (CHUNK, F), True)
-        dvi = _product(cfg, _half(ki * writes), d_s, (CHUNK, V))
+        dki = writes * product(cfg, v_s, d_s, (CHUNK, F), True)
+        dvi = product(cfg, _half(ki * writes), d_s, (CHUNK, V))
 
         def of_head(group, carry):
             dki, dvi = carry
             head = own * cfg.groups + group
-            _fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
+            fetch([(q.at[batch, here, head], q_s), (do.at[batch, here, head], do_s)], barrier)
             qi, ki = (_registers(cfg, x) for x in (q_s, k_s))
-            da = _product(cfg, do_s, v_s, SQUARE, True)
-            flipped = _product(cfg, v_s, do_s, SQUARE, True)
-            weights = it.pairs(-1, _product(cfg, k_s, q_s, SQUARE, True), True)
-            dqi = it.reads() * _product(cfg, do_s, s_s, (CHUNK, F), True)
-            dqi = dqi + _product(cfg, _half(it.pairs(-1, da)), k_s, (CHUNK, F))
-            dki = dki + _product(cfg, _half(it.pairs(-1, flipped, True)), q_s, (CHUNK, F))
+            da = product(cfg, do_s, v_s, SQUARE, True)
+            flipped = product(cfg, v_s, do_s, SQUARE, True)
+            weights = it.pairs(-1, product(cfg, k_s, q_s, SQUARE, True), True)
+            dqi = it.reads() * product(cfg, do_s, s_s, (CHUNK, F), True)
+            dqi = dqi + product(cfg, _half(it.pairs(-1, da)), k_s, (CHUNK, F))
+            dki = dki + product(cfg, _half(it.pairs(-1, flipped, True)), q_s, (CHUNK, F))
             for level in range(levels(CHUNK)):
                 x = it.middle(level)
                 kx, qx = _staged(ki * x, kx_s), _staged(qi * x, qx_s)
                 down = _half(it.pairs(level, flipped, True))
-                dqi = dqi + x * _product(cfg, _half(it.pairs(level, da)), kx, (CHUNK, F))
-                dki = dki + x * _product(cfg, down, qx, (CHUNK, F))
-                own_part = _product(cfg, _half(ki * x), qx, SQUARE, True)
+                dqi = dqi + x * product(cfg, _half(it.pairs(level, da)), kx, (CHUNK, F))
+                dki = dki + x * product(cfg, down, qx, (CHUNK, F))
+                own_part = product(cfg, _half(ki * x), qx, SQUARE, True)
                 weights = weights + it.pairs(level, own_part, True)
-            dvi = dvi + _product(cfg, _half(weights), do_s, (CHUNK, V))
+            dvi = dvi + product(cfg, _half(weights), do_s, (CHUNK, V))
             _put(dqi, f_s, dq.at[batch, here, head])
             return dki, dvi
 
@@ -229,7 +179,7 @@ def backward(cfg: Config, document, before, q, k, v, gates, states, after, do) -
         plgpu.Barrier(num_barriers=7),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v)]
-    run = _kernel(body, cfg, (K, T // CHUNK, B), out, scratch)
+    run = kernel(body, cfg, (K, T // CHUNK, B), out, scratch)
     return run(document, before, q, k, v, *gates, states, after, do)
 
 
@@ -239,4 +189,4 @@ def _half(x) -> Any:
 
 def _registers(cfg: Config, ref) -> Any:
     """A buffer as float32, laid out as products are."""
-    return _loaded(cfg, ref, mosaic_gpu().Layout.WGMMA).astype(jnp.float32)
+    return loaded(cfg, ref, mosaic_gpu().Layout.WGMMA).astype(jnp.float32)

@@ -11,17 +11,15 @@ that memory recalls what attention no longer sees).
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from causal_jax.data.tasks._base import Task, tasks
+from causal_jax.data.tasks._arranged import Arranged, written
+from causal_jax.data.tasks._base import tasks
 
 
 @tasks.register("key_value")
 @dataclass(frozen=True)
-class KeyValue(Task):
+class KeyValue(Arranged):
     """Pairs in the first half, questions at the end. Ids: keys, then values, then noise.
 
     Args:
@@ -52,18 +50,8 @@ class KeyValue(Task):
         """Keys, values, places, the order of the questions, noise."""
         return self.keys + 2 * self.pairs + self.length // 4 + self.length + 1
 
-    def sequences(
-        self, u: Float[np.ndarray, "B draws"]
-    ) -> tuple[Int[np.ndarray, "B T1"], Bool[np.ndarray, "B T1"]]:
-        """See `Task.sequences`."""
-        return self._arranged(u, np)
-
-    def draw(self, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-        """Rows made on the device, for small trainings: (whole sequences, which are answers)."""
-        return self._arranged(jax.random.uniform(key, (rows, self.draws)), jnp)
-
-    def _arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
-        """Rows of uniform numbers as sequences, by numpy or jax.numpy."""
+    def arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
+        """See `Arranged`."""
         n, slots = self.pairs, self.length // 4
         u_key, u_value, u_slot, u_order, u_noise = xp.split(
             u, np.cumsum([self.keys, n, slots, n]), axis=1
@@ -73,9 +61,6 @@ class KeyValue(Task):
         sequence = self.keys + self.values + xp.floor(u_noise * self.noise).astype(int)
         place = 2 * xp.argsort(u_slot, axis=1)[:, :n]
         asked = self.length + 1 - 2 * n + 2 * xp.argsort(u_order, axis=1)
-        at = np.arange(self.length + 1)[None, None]
-        for start, what in ((place, key), (place + 1, value), (asked, key), (asked + 1, value)):
-            here = start[:, :, None] == at
-            told = (here * what[:, :, None]).sum(1)
-            sequence = xp.where(here.any(1), told, sequence)
-        return sequence, (asked[:, :, None] + 1 == at).any(1)
+        what = (place, key), (place + 1, value), (asked, key), (asked + 1, value)
+        answers = asked[:, :, None] + 1 == np.arange(self.length + 1)[None, None]
+        return written(sequence, what, xp), answers.any(1)

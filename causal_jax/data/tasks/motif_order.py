@@ -12,12 +12,10 @@ Titans is measured, arXiv 2501.00663, section 5.6.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from causal_jax.data.tasks._base import Task, tasks
+from causal_jax.data.tasks._arranged import Arranged
+from causal_jax.data.tasks._base import tasks
 
 _LETTERS = "ACGT"
 _BOX, _START = (np.array([_LETTERS.index(c) for c in word]) for word in ("TATAAA", "TCAGTT"))
@@ -25,7 +23,7 @@ _BOX, _START = (np.array([_LETTERS.index(c) for c in word]) for word in ("TATAAA
 
 @tasks.register("motif_order")
 @dataclass(frozen=True)
-class MotifOrder(Task):
+class MotifOrder(Arranged):
     """Which of two motifs comes first. Ids: A, C, G, T, the question, no, yes.
 
     Args:
@@ -51,18 +49,8 @@ class MotifOrder(Task):
         """Class, two places, letters, mutations."""
         return 3 + (self.length - 1) + 2 * len(_BOX)
 
-    def sequences(
-        self, u: Float[np.ndarray, "B draws"]
-    ) -> tuple[Int[np.ndarray, "B T1"], Bool[np.ndarray, "B T1"]]:
-        """See `Task.sequences`."""
-        return self._arranged(u, np)
-
-    def draw(self, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-        """Rows made on the device, for small trainings: (whole sequences, which are answers)."""
-        return self._arranged(jax.random.uniform(key, (rows, self.draws)), jnp)
-
-    def _arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
-        """Rows of uniform numbers as sequences, by numpy or jax.numpy."""
+    def arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
+        """See `Arranged`."""
         size, n = len(_BOX), self.length - 1
         label = u[:, :1] < 0.5
         letters = xp.floor(u[:, 3 : 3 + n] * 4).astype(int)

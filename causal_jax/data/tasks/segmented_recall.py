@@ -11,17 +11,15 @@ law; so do keys, with `skew`. This project's problem for contextual memory rewea
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from causal_jax.data.tasks._base import Task, tasks
+from causal_jax.data.tasks._arranged import Arranged, written
+from causal_jax.data.tasks._base import tasks
 
 
 @tasks.register("segmented_recall")
 @dataclass(frozen=True)
-class SegmentedRecall(Task):
+class SegmentedRecall(Arranged):
     """Pairs in the first segments, questions in the last. Ids: keys, then values, then fillers.
 
     Args:
@@ -65,16 +63,6 @@ class SegmentedRecall(Task):
         """Keys, values, segments, places, the order of the questions, fillers."""
         return self.keys + 3 * self.pairs + self.segments - 1 + self.length + 1
 
-    def sequences(
-        self, u: Float[np.ndarray, "B draws"]
-    ) -> tuple[Int[np.ndarray, "B T1"], Bool[np.ndarray, "B T1"]]:
-        """See `Task.sequences`."""
-        return self._arranged(u, np)
-
-    def draw(self, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-        """Rows made on the device, for small trainings: (whole sequences, which are answers)."""
-        return self._arranged(jax.random.uniform(key, (rows, self.draws)), jnp)
-
     def distances(self, sequence: Any, xp: Any = np) -> Any:
         """[B, T + 1]: how many segments before the last one each token's pair stands, seen from
         its answer; elsewhere without meaning."""
@@ -82,8 +70,8 @@ class SegmentedRecall(Task):
         first = (sequence[:, None, :] == asked[:, :, None]).argmax(-1)
         return self.segments - 1 - first // self.segment
 
-    def _arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
-        """Rows of uniform numbers as sequences, by numpy or jax.numpy."""
+    def arranged(self, u: Any, xp: Any) -> tuple[Any, Any]:
+        """See `Arranged`."""
         n, C = self.pairs, self.segment
         parts = np.cumsum([self.keys, n, self.segments - 1, n, n])
         u_key, u_value, u_segment, u_place, u_order, u_filler = xp.split(u, parts, axis=1)
@@ -97,9 +85,6 @@ class SegmentedRecall(Task):
         place = C * xp.argsort(u_segment, axis=1)[:, :n]
         place = place + xp.floor(u_place * (C - 1)).astype(int)
         asked = self.length + 1 - 2 * n + 2 * xp.argsort(u_order, axis=1)
-        at = np.arange(self.length + 1)[None, None]
-        for start, what in ((place, key), (place + 1, value), (asked, key), (asked + 1, value)):
-            here = start[:, :, None] == at
-            told = (here * what[:, :, None]).sum(1)
-            sequence = xp.where(here.any(1), told, sequence)
-        return sequence, (asked[:, :, None] + 1 == at).any(1)
+        what = (place, key), (place + 1, value), (asked, key), (asked + 1, value)
+        answers = asked[:, :, None] + 1 == np.arange(self.length + 1)[None, None]
+        return written(sequence, what, xp), answers.any(1)
