@@ -127,9 +127,11 @@ def forward(cfg: Config, document, before, q, k, v, gates, states) -> Any:
 def backward(cfg: Config, document, before, q, k, v, gates, states, after, do) -> Any:
     """dq [B, T, N, F], dk [B, T, K, F], dv [B, T, K, V], float32."""
     (B, T, _, F), (K, V) = q.shape, v.shape[2:]
+    widths = sorted({F, V})  # shared memory is short: one buffer per width for what is written
 
     def body(document, before, q, k, v, g1, g2, g3, states, after, do, dq, dk, dv, *scratch):
-        q_s, k_s, v_s, *gates, s_s, d_s, do_s, qx_s, kx_s, f_s, w_s, barrier = scratch
+        q_s, k_s, v_s, *gates, s_s, d_s, do_s, x_s, barrier = scratch[: -len(widths)]
+        out_s = dict(zip(widths, scratch[-len(widths) :]))
         batch, own, chunk = (lax.axis_index(x) for x in ("batch", "heads", "tiles"))
         here = pl.ds(chunk * CHUNK, CHUNK)
         at, state = (batch, here, own), (batch, own, pl.ds(chunk * F, F))
@@ -157,26 +159,26 @@ def backward(cfg: Config, document, before, q, k, v, gates, states, after, do) -
             dki = dki + product(cfg, _half(it.pairs(-1, flipped, True)), q_s, (CHUNK, F))
             for level in range(levels(CHUNK)):
                 x = it.middle(level)
-                kx, qx = _staged(ki * x, kx_s), _staged(qi * x, qx_s)
-                down = _half(it.pairs(level, flipped, True))
+                kx = _staged(ki * x, x_s)
                 dqi = dqi + x * product(cfg, _half(it.pairs(level, da)), kx, (CHUNK, F))
+                qx = _staged(qi * x, x_s)
+                down = _half(it.pairs(level, flipped, True))
                 dki = dki + x * product(cfg, down, qx, (CHUNK, F))
                 own_part = product(cfg, _half(ki * x), qx, SQUARE, True)
                 weights = weights + it.pairs(level, own_part, True)
             dvi = dvi + product(cfg, _half(weights), do_s, (CHUNK, V))
-            _put(dqi, f_s, dq.at[batch, here, head])
+            _put(dqi, out_s[F], dq.at[batch, here, head])
             return dki, dvi
 
         dki, dvi = lax.fori_loop(0, cfg.groups, of_head, (dki, dvi))
-        _put(dki, f_s, dk.at[at])
-        _put(dvi, w_s, dv.at[at])
+        _put(dki, out_s[F], dk.at[at])
+        _put(dvi, out_s[V], dv.at[at])
 
     plgpu = mosaic_gpu()
     scratch = [
         *(_buffer(CHUNK, n) for n in (F, F, V, F, F, F)), _buffer(F, V), _buffer(F, V),
-        _buffer(CHUNK, V), _buffer(CHUNK, F), _buffer(CHUNK, F),
-        plgpu.SMEM((CHUNK, F), jnp.float32), plgpu.SMEM((CHUNK, V), jnp.float32),
-        plgpu.Barrier(num_barriers=7),
+        _buffer(CHUNK, V), _buffer(CHUNK, F), plgpu.Barrier(num_barriers=7),
+        *(plgpu.SMEM((CHUNK, n), jnp.float32) for n in widths),
     ]  # fmt: skip
     out = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v)]
     run = kernel(body, cfg, (K, T // CHUNK, B), out, scratch)
