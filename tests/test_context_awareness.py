@@ -115,6 +115,9 @@ def test_reading_asks_facts_of_the_row_and_answers_them():
         assert (questions[:, 0] == ASK).all()
         assert [told[e] for e in questions[:, 1]] == questions[:, 2].tolist()
         assert asked.nonzero()[0].tolist() == list(range(12, 28, 3))
+    many = np.asarray(world.reading(jax.random.key(1), 300)[0])[:, 1:10:3]
+    different = [len(set(row)) for row in many.tolist()]
+    assert all(80 <= different.count(n) <= 120 for n in (1, 2, 3))  # all as likely
 
 
 def test_the_world():

@@ -78,16 +78,21 @@ class KnowledgeWorld:
     ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         """To learn to read from: random facts, then twice as many questions, each answered.
 
-        A fact may be asked for several times, so that what has been asked says nothing about what
-        comes (asked once each, the last can be told without reading).
+        A row has 1, 2, ... or `facts` different facts, in turn until there are `facts`: from those
+        with few of them reading is learned long before it would be from many. A fact may be asked
+        for several times, so that what has been asked says nothing about what comes (asked once
+        each, the last can be told without reading).
 
         Returns:
             tokens, bos in front, no padding, no template; which of them are answers.
         """
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         shuffled = jax.vmap(jax.random.permutation, (0, None))
         entities = shuffled(jax.random.split(keys[0], batch), self.entities)[:, : self.facts]
         said = jax.random.randint(keys[1], entities.shape, 0, self.attributes)
+        different = jax.random.randint(keys[3], (batch, 1), 1, self.facts + 1)
+        turn = jnp.arange(self.facts)[None] % different
+        entities, said = (jnp.take_along_axis(x, turn, 1) for x in (entities, said))
         order = jax.random.randint(keys[2], (batch, 2 * self.facts), 0, self.facts)
         facts = jnp.stack([7 + self.attributes + entities, 7 + said], -1)
         asked = jnp.take_along_axis(facts, order[..., None], 1)
