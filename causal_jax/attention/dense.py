@@ -211,7 +211,7 @@ def _closest(
         width = Schedule.span(grid)
         if 1.1 * side * width > columns:
             break
-        tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=8)
+        tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=16)
         best, columns = (tiles, Schedule.spanned(grid, width)), side * width
     return best
 

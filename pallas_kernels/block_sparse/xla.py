@@ -14,7 +14,11 @@ and the backward pass visits the same tiles again, recomputing p = exp(s - lse):
 
 Dead tiles cost nothing, full tiles run without mask code, partial tiles evaluate the mask function
 on their own indices. The loops are `while` loops with bounds read from the schedule, so the program
-is small and the same whether the schedule was known on the host or computed on the device.
+is small and the same whether the schedule was known on the host or computed on the device. A tile
+that would hang over the last key begins earlier and masks what it repeats.
+
+Heads go first, so that tiles are contiguous; where each is read once, a window's, they are cut out
+of the caller's arrays as they lie: copies in another order would cost as much as the products.
 
 A mask is anything callable as `mask(b, h, i, j) -> bool` that is a pytree. Non-finite numbers in
 keys or values that a query may not attend to never reach it, nor its gradients; one that it does
@@ -51,7 +55,12 @@ class _Config:
     rows: int  # tiles of queries worked on at once
     upcast: bool  # multiply in float32
     scaled: bool  # the scale goes into q before the product, else onto the product
-    apart: bool  # one product per batch row and kv head, not one for all of a unit
+    apart: bool  # one product per batch row and kv head, not one for all of a unit; in place
+
+    @property
+    def axis(self) -> int:
+        """Of the queries: [B, T, K, G, ..] where they lie, else [B, K, G, T, ..]."""
+        return 1 if self.apart else 3
 
 
 def block_sparse_attention(
@@ -94,7 +103,6 @@ def block_sparse_attention(
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G, tiles = N // K, (tiles or Tiles()).clip(T, S)
     bq, bk, grain = tiles.block_q, tiles.block_k, tiles.grain or tiles.block_k
-    spare = bk - grain  # a tile that begins at the last multiple of the grain hangs over
     unit = _unit((B, K, G), bq * bk, tiles, schedule)
     lanes = tiles.lanes // (unit[0] * unit[1]) if schedule.single() else 1
     cfg = _Config(
@@ -115,12 +123,13 @@ def block_sparse_attention(
     )
     if bias is not None:
         heads = (K, G) if bias.shape[1] > 1 else (1, 1)
-        bias = _pad(_pad(bias.reshape(bias.shape[0], *heads, T, S), 3, bq), 4, grain, spare)
+        bias = _pad(bias.reshape(bias.shape[0], *heads, T, S), 3, bq)
+    q = jnp.moveaxis(q.reshape(B, T, K, G, H), 1, cfg.axis)
     o, lse = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         cfg,
-        _pad(q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4), 3, bq),
-        _pad(k.transpose(0, 2, 1, 3), 2, grain, spare),
-        _pad(v.transpose(0, 2, 1, 3), 2, grain, spare),
+        _pad(q, cfg.axis, bq),
+        k if cfg.apart else k.swapaxes(1, 2),
+        v if cfg.apart else v.swapaxes(1, 2),
         bias,
         None if sinks is None else sinks.astype(_sum_type(q)).reshape(1, K, G),
         jax.tree_util.Partial(score_mod) if jax.tree_util.all_leaves([score_mod]) else score_mod,
@@ -128,8 +137,8 @@ def block_sparse_attention(
         Schedule(*(jnp.asarray(x) for x in schedule)),
         jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,)),
     )
-    o = o[..., :T, :].transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
-    return o, lse[..., :T].transpose(0, 3, 1, 2).reshape(B, T, N)
+    o, lse = (jnp.moveaxis(x, cfg.axis, 1)[:, :T] for x in (o, lse))
+    return o.reshape(B, T, N, v.shape[-1]), lse.reshape(B, T, N)
 
 
 def _unit(sizes, tile: int, tiles: Tiles, schedule: Schedule) -> tuple[int, int, int]:
@@ -160,8 +169,22 @@ def _dot(spec: str, a, b) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=_sum_type(a))
 
 
-def _pad(x, axis: int, multiple: int, spare: int = 0):
-    extra = -x.shape[axis] % multiple + spare
+def _times_t(a, b):
+    """[b, k, .., h] [b, k, .., h] -> [b, k, .., ..]. XLA copies operands that have more axes."""
+    flat = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (a, b))
+    return _dot("bkmh,bknh->bkmn", *flat).reshape(*a.shape[:-1], *b.shape[2:-1])
+
+
+def _times(a, b, axes: int = 1):
+    """[b, k, .., n] [b, k, n, ..] -> [b, k, .., ..]; n may be several axes."""
+    left = a.reshape(*a.shape[:2], -1, math.prod(a.shape[-axes:]))
+    right = b.reshape(*b.shape[:2], left.shape[-1], -1)
+    out = _dot("bkmn,bkno->bkmo", left, right)
+    return out.reshape(*a.shape[:-axes], *b.shape[2 + axes :])
+
+
+def _pad(x, axis: int, multiple: int):
+    extra = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, extra * (a == axis)) for a in range(x.ndim)]) if extra else x
 
 
@@ -213,10 +236,21 @@ def _shaped(sums: Any, like: Any) -> Any:
     return jax.tree.map(grad, like)
 
 
-def _clean(x):
-    """(x with a vector of zeros where one is not finite, 0 or NaN per vector)."""
-    flag = jnp.where(jnp.isfinite(x).all(-1), 0.0, jnp.nan).astype(x.dtype)
-    return jnp.where(jnp.isnan(flag)[..., None], 0, x), flag
+def _flags(x):
+    """0 for every vector, NaN for one that is not finite."""
+    return jnp.where(jnp.isfinite(x).all(-1), 0.0, jnp.nan).astype(x.dtype)
+
+
+def _key_flags(cfg: _Config, x):
+    """Those of keys or values, [B, K, S], if they are asked for."""
+    if not cfg.has[1]:
+        return None
+    return _flags(x).swapaxes(1, 2) if cfg.apart else _flags(x)
+
+
+def _clean(x, flags):
+    """x with a vector of zeros where one is not finite."""
+    return jnp.where(jnp.isnan(flags)[..., None], 0, x)
 
 
 def _over_units(cfg: _Config, body, carry) -> Any:
@@ -232,18 +266,19 @@ def _over_units(cfg: _Config, body, carry) -> Any:
     return lax.fori_loop(0, math.prod(counts), turn, carry)
 
 
-def _over_tiles(cfg: _Config, schedule: Schedule, at, row, step, state) -> Any:
-    """`state = step(partial, starts, state)` for the live tiles of `cfg.rows` rows.
+def _over_tiles(cfg: _Config, schedule: Schedule, at, rows, step, state) -> Any:
+    """`state = step(partial, starts, state)` for the live tiles of some rows.
 
-    `starts` has the first key for each of the rows; more than one row have one tile each. Full
-    tiles come first, then partial ones. The first `state` is None if there is only one step.
+    `starts` has the first key for each of the rows (its tile may hang over the last key); more than
+    one row have one tile each. Full tiles come first, then partial ones. The first `state` is None
+    if there is only one step.
     """
     b = at[0] if schedule.full.shape[0] > 1 else 0
     h = at[1] * cfg.sizes[2] + at[2] if schedule.full.shape[1] > 1 else 0
     if cfg.single:
-        starts = [schedule.idx[b, h, row + n, 0] * cfg.grain for n in range(cfg.rows)]
+        starts = [schedule.idx[b, h, row, 0] * cfg.grain for row in rows]
         return step(cfg.has[1], starts, state)
-    full, count, idx = (x[b, h, row] for x in schedule)
+    full, count, idx = (x[b, h, rows[0]] for x in schedule)
 
     def visit(partial, n, state):
         return step(partial, [idx[n] * cfg.grain], state)
@@ -280,6 +315,7 @@ class _Unit:
 
     def __init__(self, cfg: _Config, mask, offset, at):
         self.cfg, self.mask, self.at = cfg, mask, at
+        self.inside = cfg.keys % cfg.grain == 0 and cfg.grain == cfg.block_k
         ub, uk, ug = cfg.unit
         self.b = (at[0] + jnp.arange(ub)).reshape(-1, 1, 1, 1, 1)
         h = (at[1] + jnp.arange(uk))[:, None] * cfg.sizes[2] + (at[2] + jnp.arange(ug))[None]
@@ -293,14 +329,45 @@ class _Unit:
             ]
 
     def queries(self, x, part: _Part, i0) -> Any:
-        return self._operand(_take(x, (*part.at, i0), (*part.sizes, self.cfg.block_q)))
+        """A tile [b, k, g, queries, ..] of x."""
+        sizes = self._in_order(*part.sizes, self.cfg.block_q)
+        tile = _take(x, self._in_order(*part.at, i0), sizes)
+        return self._operand(jnp.moveaxis(tile, self.cfg.axis, 3))
+
+    def put(self, x, tile, part: _Part, i0):
+        """x with a tile of queries overwritten."""
+        return _put(x, jnp.moveaxis(tile, 3, self.cfg.axis), self._in_order(*part.at, i0))
+
+    def _in_order(self, b, k, g, i):
+        return (b, i, k, g) if self.cfg.apart else (b, k, g, i)
 
     def keys(self, x, part: _Part, j0) -> Any:
-        return self._operand(_take(x, (*part.at[:2], j0), (*part.sizes[:2], self.cfg.block_k)))
+        """A tile [b, k, keys, ..] of x."""
+        if not self.cfg.apart:
+            return self._operand(self.flags(x, part, j0))
+        (b, k, _), (ub, uk, _) = part.at, part.sizes
+        return self._operand(_take(x, (b, j0, k), (ub, self.cfg.block_k, uk)).swapaxes(1, 2))
 
-    def keys_t(self, x, part: _Part, j0) -> Any:
-        sizes = (*part.sizes[:2], x.shape[2], self.cfg.block_k)
-        return self._operand(_take(x, (*part.at[:2], 0, j0), sizes))
+    def add(self, x, tile, j0):
+        """x with a tile of keys added, that of all parts."""
+        if not self.cfg.apart:
+            return _add(x, tile, (*self.at[:2], j0))
+        return _add(x, tile.swapaxes(1, 2), (self.at[0], j0, self.at[1]))
+
+    def flags(self, x, part: _Part, j0) -> Any:
+        """A tile [b, k, keys] of x [B, K, S]"""
+        return _take(x, (*part.at[:2], j0), (*part.sizes[:2], self.cfg.block_k))
+
+    def whole(self, tiles):
+        """Tiles of all parts [b, k, ..] as one of the unit."""
+        uk = self.cfg.unit[1]
+        rows = [tiles[n : n + uk] for n in range(0, len(tiles), uk)]
+        rows = [jnp.concatenate(row, 1) if len(row) > 1 else row[0] for row in rows]
+        return jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def first_key(self, start):
+        """Where the tile that covers the keys from `start` on begins."""
+        return start if self.inside else jnp.minimum(start, self.cfg.keys - self.cfg.block_k)
 
     def _operand(self, x):
         return x.astype(_sum_type(x)) if self.cfg.upcast else x
@@ -331,20 +398,18 @@ class _Unit:
             return mod(s, *index).astype(s.dtype), None
         return jax.vjp(lambda s, mod: mod(s, *index).astype(s.dtype), s, mod)
 
-    def allowed(self, i0, j0, backward=False):
+    def allowed(self, i0, start, backward=False):
         """The mask on a tile, in the layout of its scores."""
-        index = self.index(i0, j0, backward)
+        index = self.index(i0, self.first_key(start), backward)
         ok = self.mask(*index)
-        inside = self.cfg.keys % self.cfg.grain == 0 and self.cfg.grain == self.cfg.block_k
-        ok = ok if inside else ok & (index[3] < self.cfg.keys)
+        ok = ok if self.inside else ok & (index[3] >= start)
         # Computed once and read, not anew by every pass over the scores of every head.
         return lax.optimization_barrier(ok) if self.cfg.upcast else ok
 
 
 def _forward(cfg: _Config, q, k, v, bias, sinks, mod, mask, schedule, offset):
     acc, width = _sum_type(q), v.shape[-1]
-    kt = k.swapaxes(2, 3)
-    clean_v, bad = _clean(v) if cfg.has[1] else (v, None)
+    flags = _key_flags(cfg, v)
 
     def start(part: _Part):
         rows = (*part.sizes, cfg.block_q, 1)
@@ -360,25 +425,26 @@ def _forward(cfg: _Config, q, k, v, bias, sinks, mod, mask, schedule, offset):
         here = _Unit(cfg, mask, offset, at)
 
         def turn(r, carry):
-            firsts = [(r * cfg.rows + n) * cfg.block_q for n in range(cfg.rows)]
+            tiles = [r * cfg.rows + n for n in range(cfg.rows)]
+            firsts = [tile * cfg.block_q for tile in tiles]
             lanes = [(n, part) for n in range(cfg.rows) for part in here.parts]
             queries = [here.queries(q, part, firsts[n]) for n, part in lanes]
             queries = [qi * cfg.scale if cfg.scaled else qi for qi in queries]
 
             def attend(qi, part, i0, j0, ok, state):
-                kj = here.keys_t(kt, part, j0)
-                vj = here.keys(v if ok is None else clean_v, part, j0)
+                kj, vj = here.keys(k, part, j0), here.keys(v, part, j0)
                 tile = _take(bias, (*part.at, i0, j0), (*part.sizes, cfg.block_q, cfg.block_k))
-                s, _ = here.scores(_dot("bkgqh,bkhs->bkgqs", qi, kj), tile)
+                s, _ = here.scores(_times_t(qi, kj), tile)
                 s, _ = here.modified(mod, s, part, i0, j0)
                 if ok is not None:
-                    s = s + here.keys(bad, part, j0)[:, :, None, None]
-                    s = jnp.where(part.of(ok), s, -jnp.inf)
+                    bad = here.flags(flags, part, j0)
+                    s = jnp.where(part.of(ok), s + bad[:, :, None, None], -jnp.inf)
+                    vj = _clean(vj, bad)
                 top = s.max(-1, keepdims=True)
                 top = top if state is None else jnp.maximum(state[0], top)
                 safe = jnp.where(top == -jnp.inf, 0, top)
                 p = jnp.exp(s - safe)
-                l, a = p.sum(-1, keepdims=True), _dot("bkgqs,bksh->bkgqh", p.astype(vj.dtype), vj)
+                l, a = p.sum(-1, keepdims=True), _times(p.astype(vj.dtype), vj)
                 if state is None:
                     return top, l, a
                 decay = jnp.exp(state[0] - safe)
@@ -388,25 +454,25 @@ def _forward(cfg: _Config, q, k, v, bias, sinks, mod, mask, schedule, offset):
                 oks = [here.allowed(i0, j0) if partial else None for i0, j0 in zip(firsts, starts)]
                 states = states or [None] * len(lanes)
                 return [
-                    attend(qi, part, firsts[n], starts[n], oks[n], state)
+                    attend(qi, part, firsts[n], here.first_key(starts[n]), oks[n], state)
                     for (n, part), qi, state in zip(lanes, queries, states)
                 ]
 
             alone = cfg.single and sinks is None
             states = None if alone else [start(part) for _, part in lanes]
-            states = _over_tiles(cfg, schedule, at, r * cfg.rows, step, states)
+            states = _over_tiles(cfg, schedule, at, tiles, step, states)
             o, lse = carry
             for (n, part), (m, l, a) in zip(lanes, states):
                 nothing = l == 0
                 l = jnp.where(nothing, 1, l)
-                spot = (*part.at, firsts[n])
-                o = _put(o, a / l, spot)
-                lse = _put(lse, jnp.where(nothing, -jnp.inf, m + jnp.log(l))[..., 0], spot)
+                o = here.put(o, a / l, part, firsts[n])
+                late = jnp.where(nothing, -jnp.inf, m + jnp.log(l))[..., 0]
+                lse = here.put(lse, late, part, firsts[n])
             return o, lse
 
-        return lax.fori_loop(0, q.shape[3] // cfg.block_q // cfg.rows, turn, carry)
+        return lax.fori_loop(0, q.shape[cfg.axis] // cfg.block_q // cfg.rows, turn, carry)
 
-    shape = (*cfg.sizes, q.shape[3])
+    shape = q.shape[:4]
     return _over_units(
         cfg, unit, (jnp.zeros((*shape, width), v.dtype), jnp.full(shape, -jnp.inf, acc))
     )
@@ -418,8 +484,8 @@ class _Row:
     def __init__(self, cfg: _Config, here: _Unit, part: _Part, i0, arrays):
         q, do, far, delta = (here.queries(x, part, i0) for x in arrays)
         self.q, self.do = q * cfg.scale if cfg.scaled else q, do
-        self.qt, self.dot = (x.transpose(0, 1, 4, 2, 3) for x in (self.q, do))
-        self.clean_q, (self.clean_do, self.bad_do) = _clean(self.q)[0], _clean(do)
+        self.bad_do = _flags(do)
+        self.clean_q, self.clean_do = _clean(self.q, _flags(self.q)), _clean(do, self.bad_do)
         self.far, self.delta = far[:, :, None], delta[:, :, None]
 
 
@@ -429,29 +495,24 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
     acc = _sum_type(q)
     delta = (do.astype(acc) * o.astype(acc)).sum(-1) - dlse.astype(acc)
     far = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(s - inf) = 0 in rows without keys
-    kt = k.swapaxes(2, 3)
-    clean_kt = _clean(k)[0].swapaxes(2, 3) if cfg.has[1] else kt
+    flags = _key_flags(cfg, k)
     bias_t = None if bias is None else bias.transpose(0, 1, 4, 2, 3)
 
     def unit(at, carry):
         here = _Unit(cfg, mask, offset, at)
 
         def turn(r, carry):
-            firsts = [(r * cfg.rows + n) * cfg.block_q for n in range(cfg.rows)]
-            lanes = [(n, part) for n in range(cfg.rows) for part in here.parts]
-            rows = [_Row(cfg, here, part, firsts[n], (q, do, far, delta)) for n, part in lanes]
+            i0 = r * cfg.block_q
+            rows = [_Row(cfg, here, part, i0, (q, do, far, delta)) for part in here.parts]
 
-            def attend(row: _Row, part, i0, j0, ok, dqi, sums):
-                dk, dv, dbias, dmod = sums
+            def attend(row: _Row, part, j0, ok, dmod):
                 kj, vj = here.keys(k, part, j0), here.keys(v, part, j0)
                 spot = (*part.at[:2], j0, part.at[2], i0)
                 sizes = (*part.sizes[:2], cfg.block_k, part.sizes[2], cfg.block_q)
-                s, slope = here.scores(
-                    _dot("bksh,bkhgq->bksgq", kj, row.qt), _take(bias_t, spot, sizes)
-                )
+                s, slope = here.scores(_times_t(kj, row.q), _take(bias_t, spot, sizes))
                 s, pull = here.modified(mod, s, part, i0, j0, backward=True)
                 p = jnp.exp(s - row.far)
-                ds = p * (_dot("bksh,bkhgq->bksgq", vj, row.dot) - row.delta)
+                ds = p * (_times_t(vj, row.do) - row.delta)
                 qx, dox = row.q, row.do
                 if ok is not None:
                     ok = part.of(ok)
@@ -459,52 +520,50 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
                     ds = jnp.where(ok, ds, 0)
                     slope = None if slope is None else jnp.where(ok, slope, 0)
                     qx, dox = row.clean_q, row.clean_do
-                ktj = here.keys_t(kt if ok is None else clean_kt, part, j0)
+                    kj = _clean(kj, here.flags(flags, part, j0))
                 if pull is not None:
                     ds, more = pull(ds)
                     dmod = _added(dmod, more)
-                if bias is not None:
-                    dbias = _add(dbias, ds, spot)
+                dbias = ds
                 if slope is not None:
                     ds = ds * slope
                 ds, p = ds.astype(kj.dtype), p.astype(dox.dtype)
-                dqi = dqi + _dot("bkhs,bksgq->bkhgq", ktj, ds)
-                dk = _add(dk, _dot("bksgq,bkgqh->bksh", ds, qx), (*part.at[:2], j0))
-                dv = _add(dv, _dot("bksgq,bkgqh->bksh", p, dox), (*part.at[:2], j0))
-                return dqi, (dk, dv, dbias, dmod)
+                dqi = _times(kj.swapaxes(2, 3), ds)
+                dkj = _times(ds, qx, 2)
+                dvj = _times(p, dox, 2)
+                return (dqi, dkj, dvj, dbias), dmod
 
             def step(partial, starts, state):
-                oks = [
-                    here.allowed(i0, j0, backward=True) if partial else None
-                    for i0, j0 in zip(firsts, starts)
-                ]
-                dqs, sums = [], state[1]
-                for (n, part), row, dqi in zip(lanes, rows, state[0]):
-                    dqi, sums = attend(row, part, firsts[n], starts[n], oks[n], dqi, sums)
-                    dqs.append(dqi)
-                return dqs, sums
+                dqi, dk, dv, dbias, dmod = state
+                j0, tiles = here.first_key(starts[0]), []
+                ok = here.allowed(i0, starts[0], backward=True) if partial else None
+                for part, row in zip(here.parts, rows):
+                    some, dmod = attend(row, part, j0, ok, dmod)
+                    tiles.append(some)
+                # One sum per array: XLA copies all of an array to read what it has just added.
+                dqs, dkj, dvj, ds = (here.whole(x) for x in zip(*tiles))
+                if bias is not None:
+                    dbias = _add(dbias, ds, (at[0], at[1], j0, at[2], i0))
+                return dqi + dqs, here.add(dk, dkj, j0), here.add(dv, dvj, j0), dbias, dmod
 
-            state = ([jnp.zeros(row.qt.shape, acc) for row in rows], carry[1:])
-            dqs, sums = _over_tiles(cfg, schedule, at, r * cfg.rows, step, state)
-            dq = carry[0]
-            for (n, part), dqi in zip(lanes, dqs):
-                dq = _put(dq, dqi * cfg.scale, (*part.at[:2], 0, part.at[2], firsts[n]))
-            return dq, *sums
+            zero = jnp.zeros((*cfg.unit[:2], q.shape[-1], cfg.unit[2], cfg.block_q), acc)
+            dqi, *sums = _over_tiles(cfg, schedule, at, [r], step, (zero, *carry[1:]))
+            dqi = dqi.transpose(0, 1, 3, 4, 2) * cfg.scale
+            return here.put(carry[0], dqi, _Part(at, cfg.unit, None), i0), *sums
 
-        return lax.fori_loop(0, q.shape[3] // cfg.block_q // cfg.rows, turn, carry)
+        return lax.fori_loop(0, q.shape[cfg.axis] // cfg.block_q, turn, carry)
 
     zeros = [None if x is None else jnp.zeros(x.shape, acc) for x in (k, v, bias_t)]
     zeros.append(_added(None, mod))
-    dq = jnp.zeros((*q.shape[:2], q.shape[4], *q.shape[2:4]), q.dtype)
-    dq, dk, dv, dbias, dmod = _over_units(cfg, unit, (dq, *zeros))
+    dq, dk, dv, dbias, dmod = _over_units(cfg, unit, (jnp.zeros_like(q), *zeros))
     dsinks = None
     if sinks is not None:
-        weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks[..., None] - far))
-        dsinks = -(weight * delta).sum((0, 3))[None]
+        weight = jnp.exp(jnp.expand_dims(sinks, cfg.axis) - far)
+        weight = jnp.where(lse == -jnp.inf, 0, weight)
+        dsinks = -(weight * delta).sum((0, cfg.axis))[None]
     if bias is not None:
         dbias = dbias.transpose(0, 1, 3, 4, 2).astype(bias.dtype)
     dk = dk if cfg.scaled else dk * cfg.scale
-    dq = dq.transpose(0, 1, 3, 4, 2)
     return (
         dq,
         dk.astype(k.dtype),
