@@ -14,11 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from causal_jax.memory._state import Gates, Leaves
 from causal_jax.shapes import Array
 from pallas_kernels.memory_chunk import Form, Tokens, anchored_chunk, surprises
 from pallas_kernels.memory_chunk.network import Network
+
+AT_ONCE = 8  # chunks of a leaf whose values are all there when the gradient passes
+KEPT = "products of tokens with weights"  # of a segment: kept for the gradient, not made again
+
+
+def _keep(x: Array) -> Array:
+    return checkpoint_name(x, KEPT)
 
 
 @jax.tree_util.register_dataclass
@@ -105,12 +113,7 @@ def segment_updates(
     """
     net: Network = form.net
 
-    def chunked(a: Array) -> Array:  # [B, N, L, ...] -> [c, B, N, size, ...]
-        return jnp.moveaxis(a.reshape(*a.shape[:2], -1, size, *a.shape[3:]), 2, 0)
-
-    def whole(a: Array) -> Array:
-        a = jnp.moveaxis(a, 0, 2)
-        return a.reshape(*a.shape[:2], -1, *a.shape[4:])
+    chunked = lambda a: _cut(a, a.shape[2] // size)  # noqa: E731
 
     def body(carry, x: Chunk):
         W, S, anchor, pending, count, position = carry
@@ -127,22 +130,20 @@ def segment_updates(
             new = chunked(x.new)
             document = jnp.cumsum(new, -1)
             began, stored = new.any((-2, -1)), stored & (document == document[..., -1:])
-        keep = whole(stored)[..., None]
-        s = surprises(form, anchor, slow.get("gamma"), x.k, x.v, keep, later, initial)
+        keep = _joined(stored)[..., None]
+        s = surprises(form, anchor, slow.get("gamma"), x.k, x.v, keep, later, initial, kept=_keep)
         full = chunked(x.slots)[:, :, 0, -1]
         due, count = _due(stored.sum((-2, -1), dtype=jnp.int32), full, began, count)
         steps = _Steps.of(x.gates, size, due, full, began, form.to_init)
-        steps_theta = chunked(jnp.where(x.stored, x.gates.theta, 0))[..., None]
+        theta = jnp.where(x.stored, x.gates.theta, 0)[..., None]
         ends = {}
 
         def leaf(name: str, xq: Array | None) -> Array:
             """What queries read in one leaf; its end values go to `ends`."""
-            G = steps_theta * chunked(s.G[name])
-            X = chunked(s.X[name]) if name in s.X else None
             start = (W[name], *(None if part is None else part[name] for part in (S, pending)))
-            xs = steps, None if xq is None else chunked(xq), X, G
-            ends[name], z = _scan_in_groups(_leaf_update(initial[name]), start, xs)
-            return whole(z)
+            tokens = xq, s.X.get(name), theta * s.G[name]
+            ends[name], z = _through_chunks(initial[name], start, steps, tokens)
+            return _keep(z)
 
         h = x.q
         for i, name in enumerate(net.matrices):
@@ -156,7 +157,7 @@ def segment_updates(
             if form.read_at == "post":  # the query of a token stands one place behind it
                 of_query = jnp.pad(document[..., :-1], [(0, 0)] * 3 + [(1, 0)])
             outside = net.apply({**slow, **initial}, x.q)
-            y = jnp.where((whole(of_query) > 0)[..., None], outside, y)
+            y = jnp.where((_joined(of_query) > 0)[..., None], outside, y)
             anchor = _where(began.any(0), initial, anchor)
         W = {n: end[0] for n, end in ends.items()}
         S = None if S is None else {n: end[1] for n, end in ends.items()}
@@ -175,11 +176,11 @@ def segment_updates(
 class _Steps:
     """How chunks change the memory, [c, B, N, 1, 1]: S <- e S - m u and W <- a W + m S."""
 
-    a: Array | None
-    e: Array | None
-    m: Array
-    full: Array
-    began: Array | None
+    a: Any  # Array or None; what a transformation puts there is not checked
+    e: Any
+    m: Any
+    full: Any
+    began: Any
     to_init: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -197,39 +198,91 @@ class _Steps:
         return cls(last(gates.log_a), last(gates.log_eta), m, *flags, to_init)
 
 
-def _leaf_update(initial: Array) -> Callable:
-    """Scan body over the chunks of a segment for one leaf."""
-
-    def body(carry, x):
-        (W, S, pending), (c, xq, X, G) = carry, x
-        z = W if xq is None else xq @ W  # queries of the document before still read the old memory
-        if c.began is not None:
-            W = jnp.where(c.began, initial, W)
-            S = None if S is None else jnp.where(c.began, 0, S)
-        u = G.sum(-2, keepdims=True) if X is None else jnp.swapaxes(X, -1, -2) @ G
-        if pending is not None:
-            u = u + (pending if c.began is None else jnp.where(c.began, 0, pending))
-            pending = jnp.where(c.full, 0, u)
-        step = -c.m * u if S is None else c.e * S - c.m * u
-        moved = W if c.a is None else c.a * W
-        if c.to_init and c.a is not None:
-            moved = moved + (1 - c.a) * initial
-        return (moved + (step if S is None else c.m * step), S if S is None else step, pending), z
-
-    return body
+def _leaf_update(initial: Array, carry: Any, x: Any) -> tuple[Any, Array]:
+    """A chunk's update of one leaf, and what the queries in front of it read."""
+    (W, S, pending), (c, (xq, X, G)) = carry, x
+    z = W if xq is None else xq @ W  # queries of the document before still read the old memory
+    if c.began is not None:
+        W = jnp.where(c.began, initial, W)
+        S = None if S is None else jnp.where(c.began, 0, S)
+    u = G.sum(-2, keepdims=True) if X is None else _products(X, G)
+    if pending is not None:
+        u = u + (pending if c.began is None else jnp.where(c.began, 0, pending))
+        pending = jnp.where(c.full, 0, u)
+    step = -c.m * u if S is None else c.e * S - c.m * u
+    moved = W if c.a is None else c.a * W
+    if c.to_init and c.a is not None:
+        moved = moved + (1 - c.a) * initial
+    return (moved + (step if S is None else c.m * step), S if S is None else step, pending), z
 
 
-def _scan_in_groups(body: Callable, carry: Any, xs: Any) -> tuple[Any, Array]:
-    """`lax.scan`, keeping the carries of the root of its steps only for the gradient: to write
-    what is kept costs more than to make it again."""
-    n = len(jax.tree.leaves(xs)[0])
-    size = max(d for d in range(1, n + 1) if n % d == 0 and d * d <= n)
-    if size == 1:
-        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, xs)
-    group = jax.checkpoint(lambda c, x: jax.lax.scan(body, c, x), prevent_cse=False)
-    xs = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), xs)
-    carry, z = jax.lax.scan(group, carry, xs)
-    return carry, z.reshape(n, *z.shape[2:])
+@jax.custom_vjp
+def _products(X: Array, G: Array) -> Array:
+    """X^T G."""
+    return jnp.einsum("...ti,...tj->...ij", X, G)
+
+
+def _products_backward(kept, u):
+    """Derived, the first would come out turned."""
+    X, G = kept
+    return jnp.einsum("...tj,...ij->...ti", G, u), X @ u
+
+
+_products.defvjp(lambda X, G: (_products(X, G), (X, G)), _products_backward)
+
+
+def _through_chunks(initial: Array, start: Any, steps: "_Steps", tokens: Any):
+    """`_leaf_update` over the chunks of tokens [B, N, L, ..]: (end values, z [B, N, L or c, ..]).
+
+    Long runs go in groups of which only the first values are kept for the gradient.
+    """
+    n = len(steps.m)
+    size = max(d for d in range(1, n + 1) if n % d == 0 and d <= AT_ONCE)
+    if size == n:
+        return _group(initial, start, steps, tokens)
+    body = lambda carry, x: _group(initial, carry, *x)  # noqa: E731
+    steps = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), steps)
+    end, z = jax.lax.scan(body, start, (steps, jax.tree.map(lambda a: _cut(a, n // size), tokens)))
+    return end, _joined(z)
+
+
+@jax.custom_vjp
+def _group(initial, start, steps, tokens):
+    """Chunks one after the other; the gradient makes what is between them again."""
+    tokens = jax.tree.map(lambda a: _cut(a, len(steps.m)), tokens)
+    body = lambda carry, x: _leaf_update(initial, carry, x)  # noqa: E731
+    end, z = jax.lax.scan(body, start, (steps, tokens))
+    return end, _joined(z)
+
+
+def _unrolled(initial, carry, steps, tokens):
+    """The same, written out: faster by a third where every chunk's values are needed again."""
+    n, zs = len(steps.m), []
+    leaves, tree = jax.tree.flatten(tokens)
+    cut = zip(*(jax.lax.split(a, [a.shape[2] // n] * n, axis=2) for a in leaves))
+    for c, x in enumerate(cut):
+        x = jax.tree.map(lambda a, c=c: a[c], steps), jax.tree.unflatten(tree, x)
+        carry, z = _leaf_update(initial, carry, x)
+        zs.append(z)
+    return carry, jnp.concatenate(zs, 2)
+
+
+def _group_backward(kept, g):
+    return jax.vjp(_unrolled, *kept)[1](g)
+
+
+_group.defvjp(lambda *args: (_group(*args), args), _group_backward)
+
+
+def _cut(a: Array, n: int) -> Array:
+    """[B, N, L, ..] -> [n, B, N, L / n, ..]."""
+    return jnp.moveaxis(a.reshape(*a.shape[:2], n, -1, *a.shape[3:]), 2, 0)
+
+
+def _joined(a: Array) -> Array:
+    """And back."""
+    a = jnp.moveaxis(a, 0, 2)
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])
 
 
 def _due(stored: Array, full: Array, began: Array | None, count: Array | None):

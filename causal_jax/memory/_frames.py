@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from causal_jax.memory._anchored import (
+    KEPT,
     Chunk,
     form_of,
     lifted,
@@ -88,7 +89,8 @@ def chunk_form(spec, leaves, state: MemState, x: Chunk, aligned: bool):
     form = form_of(spec, x.v.shape[-1])
     body = segment_updates(form, spec.anchor, C, initial, slow, partial=partial)
     if len(chunks.stored) > 1:
-        body = jax.checkpoint(body, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     (*leaves, stored, _), (y, loss, ok) = jax.lax.scan(body, carry, chunks)
     if late:
         last = spec.network.apply({**slow, **leaves[0]}, flat[:, :, -1:])

@@ -64,6 +64,7 @@ def surprises(
     later: jax.Array | None = None,
     initial: Leaves | None = None,
     remat: Callable = jax.checkpoint,
+    kept: Callable = lambda x: x,
 ) -> Surprise:
     """Write pass.
 
@@ -75,6 +76,7 @@ def surprises(
         later: tokens behind a document's beginning, bool column, or None: their gradients are taken
             at `initial`.
         remat: around what is cheaper made twice than kept for the gradient's gradient.
+        kept: what names the products with weights for a caller that keeps them.
     """
     net = form.net
 
@@ -82,8 +84,8 @@ def surprises(
         turn = turned if transposed else (lambda w: w)
         y = h @ turn(anchor[name])
         if later is None or initial is None:
-            return y
-        return jnp.where(later, h @ turn(initial[name]), y)
+            return kept(y)
+        return kept(jnp.where(later, h @ turn(initial[name]), y))
 
     if "gamma" in anchor:
         gamma = anchor["gamma"]
