@@ -94,19 +94,22 @@ def parity_memory(
     aligned = state is None
     state = spec.init_state(params, x.shape[0]) if state is None else state
     heads = lambda y: y.reshape(*y.shape[:2], *params["norm"].shape)  # noqa: E731
-    written, asked = _rms(x, params["store_norm"]), _rms(x, params["read_norm"])
-    k, v = (heads(matmul(written, params[n])) for n in ("k", "v"))
-    gates, state = _layer.gates(spec, params, state, written, None, None, tap=lambda _, g: g)
+    # the norms' scales go into the weights: few numbers there, one per token and channel before
+    unit = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS)
+    store_scale, read_scale = (params[f"{n}_norm"][:, None] for n in ("store", "read"))
+    q, k, v = (
+        heads(matmul(unit, scale * params[n]))
+        for n, scale in (("q", read_scale), ("k", store_scale), ("v", store_scale))
+    )
+    logits = {n: {**g, "w": store_scale * g["w"]} for n, g in params["gates"].items()}
+    given = {**params, "gates": logits}
+    gates, state = _layer.gates(spec, given, state, unit, None, None, tap=lambda _, g: g)
     gates = Gates(gates.theta, gates.log_a, gates.log_eta)
     y, state = spec.run(
-        params["memory"], state, heads(matmul(asked, params["q"])), k, v, gates, store=store,
-        aligned=aligned, implementation=implementation,
+        params["memory"], state, q, k, v, gates, store=store, aligned=aligned,
+        implementation=implementation,
     )  # fmt: skip
     if "read_gate" in params:
-        y = y * jax.nn.sigmoid(matmul(asked, params["read_gate"]))[..., None]
+        y = y * jax.nn.sigmoid(matmul(unit, read_scale * params["read_gate"]))[..., None]
     y = y.reshape(*x.shape[:2], -1)
     return matmul(y, params["combine"]) if "combine" in params else y, state
-
-
-def _rms(x: Array, scale: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS) * scale[None, None]
