@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from causal_jax.attention._approx_d import approx_d_reference
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._hyper_problem import Settings, Where, parts_of, solve
+from causal_jax.attention._hyper_problem import Inputs, Settings, Where, parts_of, solve
 from causal_jax.attention._lsh import angular_lsh, check_order
 from causal_jax.attention.dense import (
     _check,
@@ -165,71 +165,38 @@ def _exact(q, k, v, mask, scale, q_offset, implementation):
 
 def _full(q, k, v, mask, proj, key, q_offset, cfg: Settings):
     """One problem per sequence and kv head."""
-    (B, T, N, H), K = q.shape, k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+    (B, T), (S, K) = q.shape[:2], k.shape[1:3]
     start = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (B,))
-    where = Where(B, K, jnp.repeat(start, K), jnp.zeros(B * K, jnp.int32))
-    o, lse = solve(
-        grouped.reshape(B * K, T, N // K, H), _heads_first(k), _heads_first(v), where, mask,
-        proj, key, cfg._replace(strict=False),
-    )  # fmt: skip
-    return _heads_last(o, B), _heads_last(lse, B)
+    first = jnp.zeros(1, jnp.int32)
+    where = Where(B, K, T, S, first, first, jnp.repeat(start, K), jnp.zeros(B * K, jnp.int32))
+    x = Inputs.of(q, k, v, proj, cfg.order)
+    return solve(x, where, mask, key, cfg._replace(strict=False))
 
 
 def _causal(q, k, v, mask, proj, key, min_seq_len: int, cfg: Settings):
     """Exact pieces on the diagonal, then level by level what lies below it."""
-    (B, n, N, H), K = q.shape, k.shape[2]
+    (B, n), K = q.shape[:2], k.shape[2]
     levels = _levels(n, min_seq_len)
     piece = -(-n // 2**levels)
     o, lse = _exact(q, k, v, Chunked(piece) & mask, cfg.scale, 0, cfg.implementation)
     outs, lses = [o], [lse]
     rest = And.of(*(p for p in parts_of(mask) if p != Causal()))
-    grouped = q.reshape(B, n, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B * K, n, N // K, H)
-    arrays = [_fill(x, piece * 2**levels) for x in (grouped, _heads_first(k), _heads_first(v))]
+    x = Inputs.of(q, k, v, proj, cfg.order)
     for level in range(levels):
         half = piece * 2 ** (levels - 1 - level)
-
-        def halves(x, half=half):
-            """[B K, n, ..] -> [B K pairs, 2, half, ..]"""
-            return x.reshape(-1, 2, half, *x.shape[2:])
-
-        pair = 2 * half * jnp.tile(jnp.arange(2**level, dtype=jnp.int32), B * K)
-        where = Where(B, K, pair + half, pair)
-        a, b, c = (halves(x) for x in arrays)
+        pair = 2 * half * jnp.arange(2**level, dtype=jnp.int32)
+        starts = (jnp.tile(start, B * K) for start in (pair + half, pair))
+        where = Where(B, K, half, half, pair + half, pair, *starts)
         draw = None if key is None else jax.random.fold_in(key, level)
-        o, lse = solve(a[:, 1], b[:, 0], c[:, 0], where, rest, proj, draw, cfg)
-        outs.append(_heads_last(_second(o, 0.0, B * K), B)[:, :n])
-        lses.append(_heads_last(_second(lse, -jnp.inf, B * K), B)[:, :n])
+        o, lse = solve(x, where, rest, draw, cfg)
+        outs.append(o)
+        lses.append(lse)
     return merge_attention(outs, lses)
 
 
 def _levels(n: int, min_seq_len: int) -> int:
     """How often n tokens are halved until a piece is short."""
     return next(levels for levels in range(64) if -(-n // 2**levels) <= min_seq_len)
-
-
-def _second(x, fill: float, rows: int):
-    """[rows pairs, half, ..] of second halves -> [rows, n, ..], `fill` in the first halves."""
-    x = jnp.stack([jnp.full_like(x, fill), x], 1)
-    return x.reshape(rows, -1, *x.shape[3:])
-
-
-def _heads_first(x):
-    """[B, S, K, ..] -> [B K, S, ..]"""
-    x = x.swapaxes(1, 2)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _heads_last(x, B: int):
-    """[B K, T, G, ..] -> [B, T, K G, ..]"""
-    x = x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
-    return x.reshape(B, x.shape[1], -1, *x.shape[4:])
-
-
-def _fill(x, length: int):
-    """Zero rows at the end of axis 1."""
-    extra = length - x.shape[1]
-    return jnp.pad(x, [(0, extra * (a == 1)) for a in range(x.ndim)]) if extra else x
 
 
 def _check_sizes(block_size: int, sample_size: int, lsh_num_projs: int, min_seq_len: int) -> None:

@@ -3,8 +3,8 @@
     ds = p (do v^T - delta)    delta = rowsum(do o) - dlse    p = exp(s - lse)
     dq = ds k                  dk += ds^T q                   dv += p^T do
 
-Forward tiles are [queries, keys], backward ones [keys, queries]: every product contracts the last
-axis of its left and the second of its right factor, which spares transposing tiles of scores.
+Forward tiles are [queries, keys], backward ones [keys, queries]: no product contracts the first
+axis of its left factor, which spares transposing tiles of scores.
 On a CPU tiles are worked on side by side, each with products of its own: XLA runs the small
 products of a batch on one core. Tiles without queries are left out there.
 Reverse-mode differentiation only (custom_vjp).
@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.lsh_attention.problem import Problem
 
-LANES = 8  # tiles side by side
+LANES = 16  # tiles side by side
 
 
 class _Config(NamedTuple):
@@ -75,6 +75,11 @@ def _dot(a, b) -> jax.Array:
     return jnp.einsum("umn,uno->umo", a, b, preferred_element_type=_wide(a))
 
 
+def _dot_t(a, b) -> jax.Array:
+    """[U, m, n] [U, o, n] -> [U, m, o]"""
+    return jnp.einsum("umn,uon->umo", a, b, preferred_element_type=_wide(a))
+
+
 class _Lists:
     """The keys, values and biases of each tile's list: its block's, then the samples."""
 
@@ -82,7 +87,6 @@ class _Lists:
         self.cfg, self.x = cfg, x
         (self.P, self.C), (self.M, self.S) = x.block.shape, x.bias.shape[1:]
         self.k, self.v = (self._flat(a) for a in (k, v))
-        self.kt, self.k_sample_t = self.k.swapaxes(1, 2), k_sample.swapaxes(1, 2)
         self.k_sample, self.v_sample = k_sample, v_sample
 
     def _flat(self, a):
@@ -100,17 +104,20 @@ class _Lists:
     def every(self) -> dict[str, Any]:
         """What has to be known of all tiles, [P C, ..]."""
         p = jnp.broadcast_to(jnp.arange(self.P)[:, None], (self.P, self.C))
-        out = {"p": p, "block": self.x.block}
+        out = {"p": p, "block": self.x.block, "bias": self._biases()}
         if self.x.mask is not None and self.x.places is not None:
             out |= {"h": self.x.places.h, "i": self.x.places.i}
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
+    def _biases(self):
+        """Of every tile's list, [P, C, S + R]: made once, not anew for every query of a tile."""
+        mine = self.x.block_sample[:, None] == self.x.block[..., None]
+        sampled = jnp.where(mine, -jnp.inf, self.x.bias_sample[:, None])
+        own = jnp.take_along_axis(self.x.bias, self.x.block[..., None], 1)
+        return jnp.concatenate([own, sampled], 2)
+
     def own(self, at):
         return at["p"] * self.M + at["block"]
-
-    def keys_t(self, at):
-        parts = self._of(self.kt, self.own(at)), self._of(self.k_sample_t, at["p"])
-        return self.operand(jnp.concatenate(parts, -1))
 
     def keys(self, at):
         parts = self._of(self.k, self.own(at)), self._of(self.k_sample, at["p"])
@@ -122,11 +129,8 @@ class _Lists:
 
     def modify(self, s, at, keys_axis: int):
         """Scores [U, .., ..] with bias and mask; keys on `keys_axis`, queries on the other."""
-        mine = self._of(self.x.block_sample, at["p"]) == at["block"][:, None]
-        sampled = jnp.where(mine, -jnp.inf, self._of(self.x.bias_sample, at["p"]))
-        own = self._of(self._flat(self.x.bias), self.own(at))
         other = 3 - keys_axis
-        s = s + jnp.expand_dims(jnp.concatenate([own, sampled], 1), other).astype(s.dtype)
+        s = s + jnp.expand_dims(at["bias"], other).astype(s.dtype)
         if self.x.mask is None or self.x.places is None:
             return s
         where = self.x.places
@@ -175,7 +179,7 @@ def _forward(cfg: _Config, q, k, v, k_sample, v_sample, x: Problem):
     lists = _Lists(cfg, k, v, k_sample, v_sample, x)
 
     def step(first, at, tile, carry):
-        s = _dot(lists.operand(tile[0]) * cfg.scale, lists.keys_t(at))
+        s = _dot_t(lists.operand(tile[0]) * cfg.scale, lists.keys(at))
         s = lists.modify(s, at, 2)
         top = s.max(-1, keepdims=True)
         top = jnp.where(top == -jnp.inf, 0, top)
@@ -207,15 +211,15 @@ def _backward(cfg: _Config, saved: Any, grads: Any):
         qu, dou, far, delta = tile
         qu, dou = lists.operand(qu) * cfg.scale, lists.operand(dou)
         keys, values = lists.keys(at), lists.values(at)
-        s = lists.modify(_dot(keys, qu.swapaxes(1, 2)), at, 1)
+        s = lists.modify(_dot_t(keys, qu), at, 1)
         p = jnp.exp(s - far[:, None])
-        ds = p * (_dot(values, dou.swapaxes(1, 2)) - delta[:, None])
+        ds = p * (_dot_t(values, dou) - delta[:, None])
         p, ds = p.astype(dou.dtype), ds.astype(qu.dtype)
         dkeys, dvalues = _dot(ds, qu), _dot(p, dou)
         dq, dk, dv, dk_sample, dv_sample = carry
         own = lists.own(at)
         return (
-            _put(dq, _dot(lists.keys_t(at), ds) * cfg.scale, first),
+            _put(dq, _dot(keys.swapaxes(1, 2), ds) * cfg.scale, first),
             _add(dk, dkeys[:, :S], own),
             _add(dv, dvalues[:, :S], own),
             _add(dk_sample, dkeys[:, S:], at["p"]),
