@@ -19,7 +19,7 @@ Params = Any
 
 
 def train(
-    init: Callable[[Key[Array, ""]], Params],
+    init: Callable[[Key[Array, ""]], Params] | Params,
     loss: Callable[..., Float[Array, ""]],
     optimizer: Optimizer,
     steps: int,
@@ -38,7 +38,8 @@ def train(
     """Train one model per seed by `steps` updates theta <- theta - lr(t) (direction + decay theta).
 
     Args:
-        init: key -> parameters (any pytree of arrays).
+        init: key -> parameters (any pytree of arrays); or those of all seeds [seeds, ...], to go
+            on from.
         loss: (parameters, key) -> scalar to minimise; the key, another one at every step, is what
             the batch is drawn from.
         optimizer: how.
@@ -69,7 +70,7 @@ def train(
 
     def begin(seed):
         keys = jax.random.split(jax.random.key(seed // paired), 2)
-        params = init(keys[0])
+        params = init(keys[0]) if callable(init) else jax.tree.map(lambda x: x[seed], init)
         constants = () if given is None else (given(jax.random.fold_in(keys[0], 1), seed),)
         return (params, transformation.init(params), jnp.int32(0)), (keys[1], constants)
 

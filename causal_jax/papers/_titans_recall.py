@@ -49,17 +49,17 @@ class Recall:
         longer: lengths of evaluation, as multiples of the trained one.
     """
 
-    length: int = 32
-    pairs: int = 2
+    length: int = 64
+    pairs: int = 4
     symbols: int = 16
-    window: int = 4
+    window: int = 8
     layers: int = 2
     width: int = 32
     persistent: int = 4
-    steps: int = 400
-    batch: int = 16
+    steps: int = 2000
+    batch: int = 32
     lr: float = 5e-3
-    tests: int = 128
+    tests: int = 256
     longer: tuple[int, ...] = (1, 2, 4)
 
     def task(self, length: int = 0) -> KeyValue:

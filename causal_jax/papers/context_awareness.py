@@ -61,7 +61,8 @@ class ContextAwareness(Paper):
     Attributes:
         facts: in a context.
         width, layers, heads: of the model.
-        steps, lr, batch: of the pretraining (AdamW).
+        read_steps, steps: updates of the pretraining: reading alone, then the closed book too.
+        lr, batch: of the pretraining (AdamW).
         tune_steps, tune_lr: of the fine-tuning.
         turns: different turns to fine-tune on.
         contradicting: share of them whose context contradicts what is known.
@@ -71,12 +72,13 @@ class ContextAwareness(Paper):
     """
 
     facts: int = 4
-    width: int = 96
-    layers: int = 4
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    steps: int = 3000
+    read_steps: int = 1500
+    steps: int = 500
     lr: float = 1e-3
-    batch: int = 32
+    batch: int = 128
     tune_steps: int = 300
     tune_lr: float = 5e-4
     turns: int = 2000
@@ -101,7 +103,7 @@ class ContextAwareness(Paper):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "tune_steps", "batch", "turns", "items", "layers"):
+        for name in ("read_steps", "steps", "tune_steps", "batch", "turns", "items", "layers"):
             self.need(getattr(self, name) >= 1, name, "at least 1")
         self.need(0 < self.contradicting < 1, "contradicting", "between 0 and 1")
         self.need(0 <= self.beta <= 1, "beta", "0 to 1")
@@ -109,15 +111,15 @@ class ContextAwareness(Paper):
     @classmethod
     def full(cls) -> "ContextAwareness":
         return cls(
-            facts=32, width=512, layers=8, heads=8, steps=30_000, lr=5e-4, batch=128,
-            tune_steps=3000, tune_lr=1e-4, turns=50_000, items=5000,
+            facts=32, width=512, layers=8, heads=8, read_steps=20_000, steps=10_000,
+            lr=5e-4, tune_steps=3000, tune_lr=1e-4, turns=50_000, items=5000,
         )  # fmt: skip
 
     @classmethod
     def smoke(cls) -> "ContextAwareness":
         return cls(
-            seeds=1, facts=2, width=16, layers=2, heads=2, steps=2, batch=4, tune_steps=2, turns=20,
-            items=8,
+            seeds=1, facts=2, width=16, layers=2, heads=2, read_steps=2, steps=2, batch=4,
+            tune_steps=2, turns=20, items=8,
         )  # fmt: skip
 
     def run(self, report: Report) -> Evidence:
@@ -193,22 +195,30 @@ class _Work:
         return jax.tree.unflatten(self.tree, leaves)
 
     def pretrain(self) -> dict[str, Any]:
+        """Reading first, then reading and the closed book."""
         half = max(self.s.batch // 2, 1)
 
-        def loss(params, key):
-            keys = jax.random.split(key)
-            tokens, answers = self.world.reading(keys[0], half)
+        def read(params, key):
+            tokens, answers = self.world.reading(key, half)
             logits = nnx.merge(self.graph, params)(tokens[:, :-1])
             each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-            read = (each * answers[:, 1:]).sum() / answers[:, 1:].sum()
-            return read + self.loss(
-                params, self.world.sample(keys[1], half, closed=1.0, template=False)
-            )
+            return (each * answers[:, 1:]).sum() / answers[:, 1:].sum()
 
-        params, _ = train(
-            lambda key: nnx.split(self.spec.build(key))[1], loss, self._optimizer(self.s.lr),
-            self.s.steps, self.s.seeds, report=self.report, span=(0.0, 0.5), text="pretraining",
-        )  # fmt: skip
+        def both(params, key):
+            keys = jax.random.split(key)
+            closed = self.world.sample(keys[1], half, closed=1.0, template=False)
+            return read(params, keys[0]) + self.loss(params, closed)
+
+        params: Any = lambda key: nnx.split(self.spec.build(key))[1]  # noqa: E731
+        for loss, steps, span, text in (
+            (read, self.s.read_steps, (0.0, 0.3), "reading"),
+            (both, self.s.steps, (0.3, 0.5), "reading and the closed book"),
+        ):
+            params, _ = train(
+                params, loss, self._optimizer(self.s.lr), steps, self.s.seeds,
+                every=steps // 10 if steps % 10 == 0 else None, report=self.report, span=span,
+                text=text,
+            )  # fmt: skip
         return self.pack(params)
 
     def _optimizer(self, lr: float) -> AdamW:
