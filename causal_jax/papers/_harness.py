@@ -66,12 +66,12 @@ def train(
     if steps % every:
         raise ValueError(f"steps {steps} is not a multiple of every {every}")
     transformation = optimizer.transformation()
-    given_start, fresh = not callable(init), cast(Callable[..., Params], init)
+    ready, fresh = not callable(init), cast(Callable[..., Params], init)
     record = measure or (lambda params, key, *constants: {})
 
     def begin(seed):
         keys = jax.random.split(jax.random.key(seed // paired), 2)
-        params: Any = jax.tree.map(lambda x: x[seed], init) if given_start else fresh(keys[0])
+        params: Any = jax.tree.map(lambda x: x[seed], init) if ready else fresh(keys[0])
         constants = () if given is None else (given(jax.random.fold_in(keys[0], 1), seed),)
         return (params, transformation.init(params), jnp.int32(0)), (keys[1], constants)
 
