@@ -12,8 +12,9 @@ from causal_jax.reproduce.folder import RunFolder
 NAMES = papers.names()
 # many models, each a program of its own: minutes of compiling
 SLOW = (
-    "abrupt_icl", "causalmm", "context_awareness", "contextual_memory_reweaving", "gam", "lawcat",
-    "multihop_masking", "out_of_context_reasoning", "pine", "titans",
+    "abrupt_icl", "causalmm", "context_awareness", "contextual_memory_reweaving", "gam",
+    "hyper_attention", "icl_linear_regression", "lawcat", "leaf", "multihop_masking",
+    "out_of_context_reasoning", "pine", "titans",
 )  # fmt: skip
 
 
