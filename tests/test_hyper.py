@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causal_jax.attention import attention, dense_attention
+from causal_jax.attention import _hyper_problem, attention, dense_attention
 from causal_jax.attention._lsh import angular_lsh, lsh_rank, ordered
 from causal_jax.attention.hyper import HyperAttention, approx_d_reference, hyper_attention
 from causal_jax.errors import InputError
@@ -284,6 +284,34 @@ def test_bad_input(wrong, match):
     if wrong.keys() <= fields and "30" not in match:
         with pytest.raises(InputError, match=match):
             attention["hyper"](**wrong)
+
+
+def test_rows_move_alike_for_every_kind_of_device(monkeypatch):
+    """On a CPU rows are counted through all of an array, elsewhere inside their batch and head."""
+    B, T, K, G, D, m = 2, 5, 3, 2, 4, 12
+    rng = np.random.default_rng(0)
+    rows, slots = np.full((B, K, m), T * G), np.full((B, T, K, G), m)
+    for b, k in np.ndindex(B, K):  # some rows move, each to a slot of its own
+        row, slot = rng.permutation(T * G)[:7], rng.permutation(m)[:7]
+        rows[b, k, slot] = row
+        slots[b, row // G, k, row % G] = slot
+    x, y = (jnp.asarray(rng.normal(size=n)) for n in ((B, T, K, G, D), (B, K, m, D)))
+    moved = np.zeros(y.shape, np.float32)
+    for b, k, i in zip(*np.nonzero(rows < T * G)):
+        moved[b, k, i] = x[b, rows[b, k, i] // G, k, rows[b, k, i] % G]
+    at, to = jnp.asarray(rows, jnp.int32), jnp.asarray(slots, jnp.int32)
+
+    def both():
+        there, pull = jax.vjp(lambda x: _hyper_problem.move(x, at, to), x)
+        back, push = jax.vjp(lambda y: _hyper_problem.move_back(y, to, at), y)
+        return there, *pull(y), back, *push(x)
+
+    here = both()
+    np.testing.assert_array_equal(here[0], moved)
+    np.testing.assert_array_equal(here[1], here[2])  # a gradient is the way back
+    monkeypatch.setattr(_hyper_problem, "target", lambda: "tpu")
+    for a, b in zip(here, both(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_samples_alone():

@@ -6,6 +6,8 @@ its gradients at once, as large products, and then goes through M one leaf after
 
     u_c = X_c^T diag(theta) G_c     S_c = eta_c S_{c-1} - u_c     W_c = a_c W_{c-1} + S_c
     Z_c = X_q,c W_{c-1}                                            for every chunk c of the segment
+
+Chunks in a row have a backward pass of their own (custom_vjp): no forward-mode differentiation.
 """
 
 import dataclasses

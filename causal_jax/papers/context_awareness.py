@@ -25,7 +25,7 @@ between the two trainings is the place to look.
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class ContextAwareness(Paper):
     width: int = 64
     layers: int = 2
     heads: int = 4
-    read_steps: int = 1500
+    read_steps: int = 4000
     steps: int = 500
     lr: float = 1e-3
     batch: int = 128
@@ -214,14 +214,14 @@ class _Work:
             (both, self.s.steps, (0.3, 0.5), "reading and the closed book"),
         ):
             params, _ = train(
-                params, loss, self._optimizer(self.s.lr), steps, self.s.seeds,
+                params, loss, self._optimizer(self.s.lr, "wsd"), steps, self.s.seeds,
                 every=steps // 10 if steps % 10 == 0 else None, report=self.report, span=span,
                 text=text,
             )  # fmt: skip
         return self.pack(params)
 
-    def _optimizer(self, lr: float) -> AdamW:
-        return AdamW(lr=lr, schedule=Schedule(warmup=20, final=0.0), weight_decay=0.0)
+    def _optimizer(self, lr: float, kind: Literal["cosine", "wsd"] = "cosine") -> AdamW:
+        return AdamW(lr=lr, schedule=Schedule(kind, warmup=20, final=0.0), weight_decay=0.0)
 
     def turns(self, seed: Any, marked: Any) -> Prompts:
         """The turns of a seed; which carry the indicator may differ, the rest does not."""

@@ -16,7 +16,10 @@ time per token. (domains) Daily temperatures forecast two weeks ahead, and the o
 in DNA-like strings, against attention of equal size (`_titans_domains.py`). The thresholds of
 recall come from a prototype of this setting; there is none for a deep memory against a linear one
 (0), for the growth of memory (64 MiB) and for the two domains (1 and -0.02): these were set here,
-before any run.
+before any run. Takes 42 minutes of one core (2026-11-28, AMD EPYC).
+
+What came out, one seed: MAG and MAL recall 0.98, LMM 0.71 (and 0.96 without momentum, against the
+paper and the prototype), MAC and two anchored matrices next to nothing. Why was not looked into.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from causal_jax import plots, scoring
+from causal_jax.bench.timing import Candidate, rss_of
 from causal_jax.papers import _sequences as sequences
 from causal_jax.papers import _titans_domains as domains
 from causal_jax.papers._base import Evidence, Paper, Report, Row, papers
@@ -100,7 +104,7 @@ class Titans(Paper):
             length=8, pairs=1, symbols=3, window=2, layers=1, width=4, persistent=1, steps=2,
             batch=2, tests=2, longer=(1, 2, 4),
         )  # fmt: skip
-        return cls(recall=recall, models=("window alone",), lengths=(8, 16), window=8, rows=1,
+        return cls(recall=recall, models=("window alone",), lengths=(8, 16, 32), window=8, rows=1,
                    parts=("recall", "length"))  # fmt: skip
 
     def __post_init__(self):
@@ -112,7 +116,7 @@ class Titans(Paper):
         self.need(set(self.parts) <= set(PARTS) and bool(self.parts), "parts", f"some of {PARTS}")
         needs = "length" not in self.parts or "recall" in self.parts
         self.need(needs, "parts", "recall where there is length: its LMM reads them")
-        self.need(len(self.lengths) >= 2, "lengths", "at least two")
+        self.need(len(self.lengths) >= 3, "lengths", "at least three")
         self.need({1, 2, 4} <= set(self.recall.longer), "recall", "longer with 1, 2 and 4")
 
     def run(self, report: Report) -> Evidence:
@@ -164,14 +168,14 @@ class Titans(Paper):
         return seen
 
     def _recall_rows(self, found: dict) -> list[Row]:
-        """The card's thresholds; accuracies are of every seed and length."""
+        """The card's thresholds; accuracies are of every seed, the worst of its lengths."""
         last = {n: f["accuracy"][:, -1] for n, f in found.items()}  # [seeds, lengths]
         at = {m: self.recall.longer.index(m) for m in (1, 2, 4)}
         row, claims, rows = Row.of_seeds, self.claims, []
         if "window alone" in last:
             rows.append(row(
-                claims[0], f"recall, window {self.recall.window}, any length",
-                last["window alone"].ravel(), 0.12, "<=",
+                claims[0], f"recall, window {self.recall.window}, at the best length",
+                last["window alone"].max(1), 0.12, "<=",
                 note=f"chance {1 / self.recall.symbols:.3f}",
             ))  # fmt: skip
         for name in ("LMM", "MAG", "MAL"):
@@ -181,8 +185,8 @@ class Titans(Paper):
                     0.85,
                 ))  # fmt: skip
                 rows.append(row(
-                    claims[1], f"recall of {name} at 2 and 4 times it",
-                    last[name][:, [at[2], at[4]]].ravel(), 0.8,
+                    claims[1], f"recall of {name} at 2 and 4 times it, the worse",
+                    last[name][:, [at[2], at[4]]].min(1), 0.8,
                 ))  # fmt: skip
         if "MAC" in last:
             rows.append(row(claims[2], "recall of MAC, strict", last["MAC"][:, at[1]], 0.3))
@@ -225,43 +229,46 @@ class Titans(Paper):
     # ------------------------------------------------------------ length
 
     def _by_length(self, report: Report) -> dict[str, Any]:
-        """Accuracy, state, peak memory and time of the trained LMM, row by row of every length."""
+        """Accuracy, state, memory taken and time (best of 3) of the trained LMM at every length."""
         kept = report.stage("recall LMM", dict)
         spec = self.recall.decoder(self.recall.mixers()["LMM"])
         shapes = jax.eval_shape(sequences.fresh(spec), jax.random.key(0))
         params = map_named(lambda n, _: jnp.asarray(kept[f"parameter {n}"]), shapes)
         model, found = sequences.model_of(spec, params), []
-        warm = self.recall.task(self.lengths[0]).batch(0, range(self.rows))
-        scoring.score(model, warm, self.window)  # compiles: the same program for all lengths
         for n, length in enumerate(self.lengths):
             batch = self.recall.task(length).batch(10**6, range(self.rows))
-            begun = time.perf_counter()
-            _, best = scoring.score(model, batch, self.window)
-            took, asked = time.perf_counter() - begun, batch["weights"] > 0
-            tokens = -(-length // self.window) * self.window * self.rows
-            state = scoring.state_bytes(model, length)
-            found.append((best[asked].mean(), state, scoring.peak_mib(), 1e6 * took / tokens))
+            read = functools.partial(scoring.score, model, batch, self.window)
+            best, seconds = read()[1], []  # compiles what is not there yet
+            taken = rss_of(Candidate("read", read, lambda result: None))
+            for _ in range(3):
+                begun = time.perf_counter()
+                read()
+                seconds.append(time.perf_counter() - begun)
+            recalled = best[batch["weights"] > 0].mean()
+            mib = np.nan if taken is None else taken / 2**20
+            found.append((recalled, scoring.state_bytes(model, length), mib, min(seconds)))
             report.progress(0.8 + 0.05 * n / len(self.lengths), f"{length} tokens")
-        names = ("recall", "state bytes per row", "peak MiB", "us per token")
+        names = ("recall", "state bytes per row", "MiB", "seconds")
         return {"tokens": np.array(self.lengths)} | dict(zip(names, np.array(found).T))
 
     def _length_rows(self, read: dict[str, np.ndarray]) -> list[Row]:
-        first, last = self.lengths[0], self.lengths[-1]
-        state, pace = read["state bytes per row"], read["us per token"]
-        grown, claim = float(read["peak MiB"][-1] - read["peak MiB"][0]), self.claims[6]
-        near = self.lengths.index(min(self.lengths, key=lambda n: abs(n - 16 * first)))
+        (first, *_, before, last), claim = self.lengths, self.claims[6]
+        state, mib = read["state bytes per row"], read["MiB"]
+        # of one more token, so that what every call costs (most of a short one) takes no part
+        pace = np.diff(read["seconds"]) / np.diff(self.lengths)
         return [
             Row(
                 claim, f"state at {last} tokens / at {first}", float(state[-1] / state[0]), 1.0,
                 "<=", note=f"{int(state[0])} bytes per row",
             ),
             Row(
-                claim, f"peak memory, growth from {first} to {last} tokens, MiB", grown, 64.0,
-                "<=", note=f"{self.rows} rows; rows and answers themselves included",
+                claim, f"memory that reading takes, {last} tokens - {first}, MiB",
+                float(mib[-1] - mib[0]), 64.0, "<=",
+                note=f"{self.rows} rows; the answers' own included",
             ),
             Row(
-                claim, f"time per token at {last} tokens / at {self.lengths[near]}",
-                float(pace[-1] / pace[near]), 1.1, "<=", paper="throughput flat in N",
+                claim, f"time of a token up to {last} / up to {before}",
+                float(pace[-1] / pace[-2]), 1.1, "<=", paper="throughput flat in N",
                 note="the card: within 10 %",
             ),
         ]  # fmt: skip
@@ -282,7 +289,7 @@ class Titans(Paper):
 
     def _draw_length(self, read: dict[str, np.ndarray]) -> Any:
         figure, axes = plots.panels(3)
-        for ax, name in zip(axes, ("recall", "peak MiB", "us per token")):
+        for ax, name in zip(axes, ("recall", "MiB", "seconds")):
             plots.curves(ax, read["tokens"], {"LMM": read[name]}, xlabel="tokens", ylabel=name,
                          log="x")  # fmt: skip
         return figure
