@@ -289,7 +289,7 @@ class Titans(Paper):
 
     def _draw_length(self, read: dict[str, np.ndarray]) -> Any:
         figure, axes = plots.panels(3)
-        for ax, name in zip(axes, ("recall", "MiB", "seconds")):
+        for ax, name, log in zip(axes, ("recall", "MiB", "seconds"), ("x", "x", "xy")):
             plots.curves(ax, read["tokens"], {"LMM": read[name]}, xlabel="tokens", ylabel=name,
-                         log="x")  # fmt: skip
+                         log=log)  # fmt: skip
         return figure
