@@ -128,7 +128,7 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """Base of every entry. Defaults are the small setting: two CPU cores, under 5 minutes.
+    """Base of every entry. Defaults are the small setting: two CPU cores, mostly under 5 minutes.
 
     Attributes:
         seeds: how many independent runs, seeds 0, 1, ..., seeds - 1.

@@ -227,29 +227,20 @@ class LAWCAT(Paper):
         return {"transfer": records["transfer"], "before": before, "accuracy": after}
 
     def _tune(self, spec, params, report, span, text):
-        """Stage two: every weight moves, as what is added to where it was."""
-        shapes = _shapes(spec)
+        """Stage two: every weight moves."""
 
-        def objective(delta, key, constants):
-            whole = jax.tree.map(jnp.add, delta, constants["start"])
+        def objective(params, key, pool):
             pick = jax.random.randint(key, (self.batch,), 0, self.pool)
-            rows = jax.tree.map(lambda x: x[pick], constants["pool"])
-            return answer_loss(nnx.merge(_graph(spec), whole), rows)
+            rows = jax.tree.map(lambda x: x[pick], pool)
+            return answer_loss(nnx.merge(_graph(spec), params), rows)
 
         pool = self._pool()
         schedule = Schedule("cosine", warmup=20, final=0.1)
-        delta, records = _harness.train(
-            lambda key: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-            objective,
-            AdamW(lr=2e-3, weight_decay=0.0, schedule=schedule),
-            self.tuning_steps,
-            self.seeds,
-            given=lambda key, seed: {
-                "pool": _take(pool, seed), "start": _take(params, seed),
-            },
+        return _harness.train(
+            params, objective, AdamW(lr=2e-3, weight_decay=0.0, schedule=schedule),
+            self.tuning_steps, self.seeds, given=lambda key, seed: _take(pool, seed),
             report=report, span=span, text=text,
         )  # fmt: skip
-        return jax.tree.map(jnp.add, delta, params), records
 
     def _own(self, spec, key):
         return partition(OWN, nnx.split(spec.build(key))[1])[0]
