@@ -12,7 +12,7 @@ from causal_jax.train import main
 CONFIGS = sorted(Path("configs").glob("*.py"))
 # one of each family by default: Titans from one factory, plain decoders like quickstart
 ALIKE = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
-ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best")]
+ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best", "lm_1b")]
 
 STAGED = [p for p in CONFIGS if p.stem.startswith("linearize_")]  # tests/test_stages.py runs them
 
@@ -31,7 +31,7 @@ def path(request):
     ids=[p.stem for p in CONFIGS if p not in STAGED],
 )
 def trained(request):
-    """One of a family that comes from one factory is enough by default."""
+    """One of a family that comes from one factory is enough by default, and of models alike."""
     return request.param
 
 
