@@ -7,11 +7,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # too).
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# LLVM at its first level compiles twice as fast, which is a third of a quick test; what XLA does
-# before it stays the same. CAUSAL_JAX_TEST_OPTIMIZED=1: programs as users have them.
+# LLVM at its first level compiles twice as fast, and so do fusions that are not emitted by way of
+# MLIR; together that is half of a quick test. CAUSAL_JAX_TEST_OPTIMIZED=1: programs as users have
+# them.
 if not os.environ.get("CAUSAL_JAX_TEST_OPTIMIZED"):
     flags_before = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags_before}"
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{quick} {flags_before}"
 
 import jax
 import pytest

@@ -12,7 +12,8 @@ from causal_jax.train import main
 CONFIGS = sorted(Path("configs").glob("*.py"))
 # one of each family by default: Titans from one factory, plain decoders like quickstart
 ALIKE = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
-ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best", "lm_1b")]
+ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best", "lm_1b", "lora_smollm2")]
+ALIKE += [p for p in CONFIGS if p.stem == "leaf_distil"]  # its teacher's is run
 
 STAGED = [p for p in CONFIGS if p.stem.startswith("linearize_")]  # tests/test_stages.py runs them
 

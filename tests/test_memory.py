@@ -97,11 +97,12 @@ def test_cut_anywhere_and_token_by_token(name, case):
 
 def test_without_an_anchor_pieces_of_a_run_are_the_whole(monkeypatch):
     p = Problem("deep", memories.cases("deep", "test")[3])
-    whole = p.memory(p.params, p.x, segments=p.segments, implementation="reference")
+    whole = p.call(p.params, p.x, segments=p.segments, implementation="reference")
     monkeypatch.setattr(_frames, "SEGMENT", 8)
-    y, state = p.memory(p.params, p.x, segments=p.segments)
-    first, middle = p.memory(p.params, p.x[:, :6], segments=p.segments[:, :6])
-    rest, _ = p.memory(p.params, p.x[:, 6:], middle, segments=p.segments[:, 6:])
+    call = jax.jit(lambda *a, **kw: p.memory(*a, **kw))  # traced anew: the size is read then
+    y, state = call(p.params, p.x, segments=p.segments)
+    first, middle = call(p.params, p.x[:, :6], segments=p.segments[:, :6])
+    rest, _ = call(p.params, p.x[:, 6:], middle, segments=p.segments[:, 6:])
     assert far((y, state), whole) < 1e-5
     live = (p.segments >= 0)[..., None]
     assert far(jnp.concatenate([first, rest], 1) * live, whole[0] * live) < 1e-5

@@ -248,7 +248,9 @@ def test_the_preconditioner_is_a_minimum():
     np.testing.assert_allclose(predictors.misfit(np.eye(2), np.diag([1.0, 0.0])), 0.5**0.5)
 
 
-@pytest.mark.parametrize(("S", "tolerance"), [(40, 0.12), (400, 0.03)])
+@pytest.mark.parametrize(
+    ("S", "tolerance"), [(40, 0.12), pytest.param(400, 0.03, marks=pytest.mark.slow)]
+)
 def test_the_reduced_loss_is_near_the_layers(S, tolerance):
     spec, omega, noise = RegressionAttention(heads=2), 0.15, 0.1
     mu = predictors.debiased_step(5, S, noise) / (2 * omega)

@@ -250,8 +250,8 @@ def test_the_catalogue_has_37_systems():
         assert papers[name].arxiv == known[name].arxiv
 
 
-def test_all_runs_every_entry_and_skips_finished_ones(run, tmp_path, monkeypatch):
-    real = [n for n in papers.names() if n in {s.name for s in SYSTEMS}]
+def test_all_runs_each_and_skips_finished_ones(run, tmp_path, monkeypatch):
+    real = [n for n in papers.names() if n in {s.name for s in SYSTEMS}][:3]  # a process each
     monkeypatch.setattr(papers, "_classes", {n: papers[n] for n in real})
     for i, name in enumerate(real):  # finished already: the commands show what is there
         row = Row("a claim", "a figure", 1.0 - 2.0 * (i == 0), 0.0)

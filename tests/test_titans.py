@@ -33,8 +33,7 @@ LEAKS = {
     "mac-paper": MAC(memory=DELTA, persistent=2, segment=4, mask="paper"),
     "mac-segment": MAC(memory=DELTA, persistent=2, segment=4, read="segment"),
 }
-DEEP = [pytest.param(n, marks=pytest.mark.slow) for n in ("lmm-deep", "mac-deep")]
-every = pytest.mark.parametrize("name", ["lmm", "mag", "mal", "mac", *DEEP])
+SLOW = ("lmm", "mal", "lmm-deep", "mac-deep")
 
 
 @functools.cache
@@ -74,7 +73,10 @@ def ids(rows=2, length=T, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 11, (rows, length)), jnp.int32)
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    ["mag", "mac", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+)
 def test_decoding_equals_the_pass(name):
     tokens, m = ids(), model(name)
     graph, params = nnx.split(m)

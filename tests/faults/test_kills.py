@@ -26,8 +26,8 @@ def _killed(tmp_path, kinds, steps):
     assert_same(whole, run)
 
 
-def test_killed_while_starting_and_while_saving(tmp_path):
-    _killed(tmp_path, ["start", "save"], 96)
+def test_killed_while_saving(tmp_path):
+    _killed(tmp_path, ["save"], 96)
 
 
 @pytest.mark.slow
