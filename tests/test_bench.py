@@ -228,7 +228,12 @@ def test_a_window_of_the_mechanism_counts_as_its_own_work():
 def test_fit_against_the_live_fraction():
     line = [(x, 2.0 + 3.0 * x) for x in (0.1, 0.2, 0.7)]
     fit = proportionality(line)
-    assert fit == pytest.approx({"slope": 3.0, "intercept": 2.0, "r2": 1.0})
+    # y / x: 23, 13, 5.86
+    wanted = {"slope": 3.0, "intercept": 2.0, "r2": 1.0, "within": (23 - 41 / 7) / (23 + 41 / 7)}
+    assert fit == pytest.approx(wanted)
+    through = proportionality([(x, 5 * x) for x in (0.1, 0.2, 0.7)])
+    assert through is not None
+    assert through["within"] == pytest.approx(0)
     noisy = proportionality([*line, (0.5, 1.0)])
     assert noisy is not None
     assert noisy["r2"] < 0.9

@@ -292,7 +292,8 @@ def print_fits(records: list[Record]) -> None:
         if fit is not None:
             print(
                 f"  {name}, n = {n}, {direction}: a = {fit['intercept']:.3g}, "
-                f"b = {fit['slope']:.3g}, R2 = {fit['r2']:.4f}"
+                f"b = {fit['slope']:.3g}, R2 = {fit['r2']:.4f}; proportional within "
+                f"{100 * fit['within']:.0f} %"
             )
 
 

@@ -115,13 +115,18 @@ class Writer:
 
 
 def proportionality(points: Sequence[tuple[float, float]]) -> Record | None:
-    """Least squares y = intercept + slope x, and r2; None for fewer than three different x."""
+    """Least squares y = intercept + slope x, and r2; None for fewer than three different x.
+
+    `within`: the least p with all y inside (1 +- p) c x for one c; 0 is y = c x.
+    """
     x, y = (np.array(c, np.float64) for c in zip(*points))
     if np.unique(x).size < 3:
         return None
     slope, intercept = np.polyfit(x, y, 1)
     rest, total = np.sum((y - slope * x - intercept) ** 2), np.sum((y - y.mean()) ** 2)
-    return {"slope": slope, "intercept": intercept, "r2": 1 - rest / total}
+    low, high = np.min(y / x), np.max(y / x)
+    within = (high - low) / (high + low)
+    return {"slope": slope, "intercept": intercept, "r2": 1 - rest / total, "within": within}
 
 
 def plot_lines(
