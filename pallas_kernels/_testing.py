@@ -7,12 +7,13 @@ lower_for_gpu(f, *shapes)      Mosaic GPU down to its module: types, layouts, ba
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._compat import tpu_topology
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
@@ -44,13 +45,7 @@ def compile_for_tpu(f: Callable, *shapes: Any, topology: str = "v5e:2x2") -> Any
     Args:
         shapes: `jax.ShapeDtypeStruct`s.
     """
-    # No cloud metadata are asked for, and processes may share the library.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    here = jax.sharding.SingleDeviceSharding(devices[0])
+    here = jax.sharding.SingleDeviceSharding(tpu_topology(topology).devices[0])
     placed = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in shapes)
     return jax.jit(f).lower(*placed).compile()
 

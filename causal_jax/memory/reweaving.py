@@ -150,12 +150,12 @@ class Reweaving:
         return params
 
     def init_store(self, batch: int, *, width: int, layers: int) -> Store:
-        """An empty store."""
+        """An empty store; float32 beside a decoder of any dtype."""
         m, n = self.slots, len(self.captures(layers))
         rows = lambda dtype: jnp.zeros((batch, m), dtype)  # noqa: E731
         return Store(
-            jnp.zeros((batch, n, m, width)), rows(jnp.float32), rows(jnp.int32), rows(bool),
-            rows(jnp.int32), jnp.zeros((), jnp.int32),
+            jnp.zeros((batch, n, m, width), jnp.float32), rows(jnp.float32), rows(jnp.int32),
+            rows(bool), rows(jnp.int32), jnp.zeros((), jnp.int32),
         )  # fmt: skip
 
     def score(
@@ -172,13 +172,15 @@ class Reweaving:
         B, _, C, _ = h.shape
         if self.scorer == "learned":
             side = jnp.moveaxis(h, 1, 2).reshape(B, C, -1)
-            return normalised(side) @ params["score"]["w"] + params["score"]["b"]
+            r = normalised(side) @ params["score"]["w"] + params["score"]["b"]
+            return r.astype(jnp.float32)
         if self.scorer == "surprise":
             if surprise is None:
                 raise InputError("scorer='surprise': needs -log p of the next tokens, got none")
             return surprise.astype(jnp.float32)
         if self.scorer == "random":
-            return jax.random.normal(jax.random.fold_in(jax.random.key(0), count), (B, C))
+            key = jax.random.fold_in(jax.random.key(0), count)
+            return jax.random.normal(key, (B, C), jnp.float32)
         if self.scorer == "last":
             return jnp.broadcast_to(jnp.arange(C, dtype=jnp.float32)[None] / C, (B, C))
         deepest = h[:, -1].astype(jnp.float32)

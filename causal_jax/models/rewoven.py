@@ -228,9 +228,9 @@ class RewovenModel(nnx.Module):
         store, C, D = self.init_store(batch), self.reweaving.segment, self.base.spec.width
         n = store.mem.shape[1]
         return RewovenCache(
-            self.base.init_cache(batch, C), store, jnp.zeros((batch, n, C, D)),
-            jnp.zeros((batch, C)), jnp.zeros((batch, D), jnp.dtype(self.base.spec.dtype)),
-            jnp.zeros((), jnp.int32),
+            self.base.init_cache(batch, C), store, jnp.zeros((batch, n, C, D), jnp.float32),
+            jnp.zeros((batch, C), jnp.float32),
+            jnp.zeros((batch, D), jnp.dtype(self.base.spec.dtype)), jnp.zeros((), jnp.int32),
         )  # fmt: skip
 
     def extend(

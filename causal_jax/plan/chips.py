@@ -115,15 +115,10 @@ def target(name: str, slices: int = 1) -> Target:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"--topology {name}: no such topology{hint} Known:\n{valid()}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else it complains of having none
-    from jax.experimental import topologies
+    from pallas_kernels._compat import tpu_topology
 
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=slices, **dict(chip.settings)
-        )
+        found = tpu_topology(name, num_slices=slices, **dict(chip.settings))
     except Exception as e:  # JAX and libtpu raise several kinds
         if "libtpu" in str(e) or "tpu" not in str(e).lower():
             raise InputError(
