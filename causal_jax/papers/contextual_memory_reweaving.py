@@ -13,8 +13,9 @@ above chance is information that rewoven states carried. Controls: the same para
 weaving shut (the decoder alone), captures at random, and a store that keeps the latest. Thresholds
 are those of this project's specification card; its sizes (segments of 32, 32 keys, batches of 32,
 1,500 steps) are the `full` setting; `small` halves segments, store and symbols, in proportion, and
-has batches of 8 and 900 steps. That is too little: "reweaving" and "random capture", trained so once
-(2026-11-28), both recall by chance (0.06), and so no evidence is kept. It was not run to its end.
+has batches of 8 and 900 steps. That is too little: "reweaving" and "random capture", trained so
+once (2026-11-28), both recall by chance (0.06), and so no evidence is kept. It was not run to its
+end.
 """
 
 import dataclasses
