@@ -1,7 +1,6 @@
 """What differs between jax 0.10 and 0.12, in one place: kernels import Pallas from here."""
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -52,22 +51,3 @@ def mosaic_gpu() -> Any:
 def transposed(ref: Any) -> Any:
     """A matrix in shared memory read the other way round."""
     return mosaic_gpu().transpose_ref(ref, (1, 0)) if JAX < (0, 11) else ref.transpose((1, 0))
-
-
-def tpu_topology(name: str, **settings: Any) -> Any:
-    """A TPU slice that need not exist, to compile for (needs libtpu).
-
-    Args:
-        settings: for `get_topology_desc`.
-    """
-    from jax.experimental import topologies
-
-    # No cloud metadata are asked for, processes may share the library, no host names are missed.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # With its first program it reads XLA_FLAGS and ends the process at a flag that it does not
-    # know, such as those of the CPU's compiler.
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_cpu_"))
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)

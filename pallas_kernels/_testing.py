@@ -7,13 +7,12 @@ lower_for_gpu(f, *shapes)      Mosaic GPU down to its module: types, layouts, ba
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
-
-from pallas_kernels._compat import tpu_topology
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
@@ -37,6 +36,25 @@ def no_tpu_compiler() -> str | None:
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed (pip install libtpu)"
     return None
+
+
+def tpu_topology(name: str, **settings: Any) -> Any:
+    """A TPU slice that need not exist, to compile for (needs libtpu).
+
+    Args:
+        settings: for `get_topology_desc`.
+    """
+    from jax.experimental import topologies
+
+    # No cloud metadata are asked for, processes may share the library, no host names are missed.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # With its first program it reads XLA_FLAGS and ends the process at a flag that it does not
+    # know, such as those of the CPU's compiler.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_cpu_"))
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
 
 
 def compile_for_tpu(f: Callable, *shapes: Any, topology: str = "v5e:2x2") -> Any:

@@ -10,10 +10,11 @@ from causal_jax.errors import InputError
 from causal_jax.train import main
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
-# one of each family by default: Titans from one factory, plain decoders like quickstart
-ALIKE = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
-ALIKE += [p for p in CONFIGS if p.stem in ("lm_small", "corpus_best", "lm_1b", "lora_smollm2")]
-ALIKE += [p for p in CONFIGS if p.stem == "leaf_distil"]  # its teacher's is run
+# Run by default: one of each family. Titans come from one factory, plain decoders are like
+# quickstart, of a teacher and its student the teacher is run, and test_surgery trains adapters.
+LONG = [p for p in CONFIGS if p.stem.startswith("titans_") and p.stem != "titans_mac_170m"]
+others = ("lm_small", "corpus_best", "lm_1b", "leaf_distil", "lora_smollm2")
+LONG += [p for p in CONFIGS if p.stem in others]
 
 STAGED = [p for p in CONFIGS if p.stem.startswith("linearize_")]  # tests/test_stages.py runs them
 
@@ -25,14 +26,14 @@ def path(request):
 
 @pytest.fixture(
     params=[
-        pytest.param(p, marks=pytest.mark.slow if p in ALIKE else ())
+        pytest.param(p, marks=pytest.mark.slow if p in LONG else ())
         for p in CONFIGS
         if p not in STAGED
     ],
     ids=[p.stem for p in CONFIGS if p not in STAGED],
 )
 def trained(request):
-    """One of a family that comes from one factory is enough by default, and of models alike."""
+    """One of each family by default."""
     return request.param
 
 

@@ -192,7 +192,7 @@ def _gpu(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
 def _closest(
     tall: Tiles, schedule: Schedule, mask: Mask, T: int, S: int, q_offset: Any
 ) -> tuple[Tiles, Schedule]:
-    """The tiles that take least time: those that cover least of what is not allowed.
+    """The tiles that cover least of what is not allowed, where that is worth it.
 
     A window of 256 keys covers 768 keys per query in tiles of 512 x 256; 512 in flat ones of
     256 x 512 that begin at any column; 384 or 320 in narrow ones of 128 x 384 or 64 x 320, one for
@@ -207,14 +207,12 @@ def _closest(
         best = Tiles(side, 2 * side, tall.entries, grain=side), flat
         columns = 2 * side * flat.count.mean()
     if columns > NARROW:
-        full = schedule.full.sum() / schedule.count.sum()
-        if full > 0.5:
+        if 2 * schedule.full.sum() > schedule.count.sum():  # most of it is allowed
             return best
-        side = tall.block_k // 4
-        small = Tiles(side, 2 * side, tall.entries)
-        grid = mask.block_map(T, S, side, 2 * side, q_offset=q_offset)
-        if SMALL * 2 * side * grid.cnt.mean() < columns:
-            best = small, Schedule.build(grid.cnt, grid.idx, grid.kind)
+        small = Tiles(tall.block_k // 4, tall.block_k // 2, tall.entries)
+        live = mask.block_map(T, S, small.block_q, small.block_k, q_offset=q_offset)
+        if SMALL * small.block_k * live.cnt.mean() < columns:
+            best = small, Schedule.build(live.cnt, live.idx, live.kind)
         return best
     for side in (tall.block_k // 2, tall.block_k // 4):
         grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()

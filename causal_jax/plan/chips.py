@@ -115,7 +115,7 @@ def target(name: str, slices: int = 1) -> Target:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"--topology {name}: no such topology{hint} Known:\n{valid()}")
-    from pallas_kernels._compat import tpu_topology
+    from pallas_kernels._testing import tpu_topology
 
     try:
         found = tpu_topology(name, num_slices=slices, **dict(chip.settings))
