@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from causal_jax.attention import dense, dense_attention
+from causal_jax.attention import _tiles, dense_attention
 from causal_jax.masks import (
     Causal,
     Documents,
@@ -90,6 +90,6 @@ reference = jax.jit(  # apart: its programs outlive the change of tiles
 @pytest.fixture(name="small_tiles")
 def _small_tiles(monkeypatch):
     """Several tiles already at small lengths. Cached programs with other tiles are forgotten."""
-    monkeypatch.setattr(dense, "_tiles", lambda T, S: Tiles(16, 8))
+    monkeypatch.setattr(_tiles, "_tall", lambda T, S: Tiles(16, 8))
     yield
     graded.clear_cache()

@@ -21,7 +21,8 @@ from dense_problems import (  # noqa: F401
 )
 
 from causal_jax import taps
-from causal_jax.attention import Dense, choose, dense, dense_attention
+from causal_jax.attention import Dense, choose, dense_attention
+from causal_jax.attention._tiles import choose_tiles
 from causal_jax.masks import (
     Causal,
     Documents,
@@ -32,8 +33,8 @@ from causal_jax.masks import (
     Window,
     bigbird,
     from_fn,
+    top_k_blocks,
 )
-from pallas_kernels.block_sparse.schedule import Schedule, Tiles
 
 
 def loop(q, k, v, allowed, bias, scale, cap, sinks):
@@ -214,23 +215,24 @@ def test_scattered_blocks_get_small_tiles():
     """Tall ones would touch most of what is before; whole documents and windows keep theirs."""
     T, size = 4096, {}
     scattered = bigbird(T, window=64, globals=64, random=3, block=64)
-    for name, mask in {"causal": Causal(), "window": Window(2000, 0), "blocks": scattered}.items():
-        tall = Tiles(512, 256)
-        live = mask.block_map(T, T, 512, 256)
-        schedule = Schedule.build(live.cnt, live.idx, live.kind)
-        tiles, _ = dense._closest(tall, schedule, mask, T, T, 0)
+    listed = Causal() & top_k_blocks(jnp.cos(jnp.arange(43.0**2)).reshape(1, 1, 43, 43), 6, 96, 96)
+    masks = {"causal": Causal(), "window": Window(2000, 0), "blocks": scattered, "listed": listed}
+    for name, mask in masks.items():
+        tiles, _ = choose_tiles(mask, T, T, 0)
         size[name] = (tiles.block_q, tiles.block_k)
-    assert size == {"causal": (512, 256), "window": (512, 256), "blocks": (64, 128)}
+    sides = {"causal": (512, 256), "window": (512, 256), "blocks": (64, 64), "listed": (96, 96)}
+    assert size == sides
     q, k, v = qkv(B=1, T=T, S=T, N=2, K=1, H=4, Hv=4)
 
-    def loss(q, k, v, name):
-        o = dense_attention(q, k, v, mask=scattered, implementation=name)
+    def loss(q, k, v, mask, name):
+        o = dense_attention(q, k, v, mask=mask, implementation=name)
         return jnp.sum(jnp.sin(o)), o
 
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-    (ours, o), (theirs, ref) = grad(q, k, v, "xla"), grad(q, k, v, "reference")
-    close(o, ref)
-    jax.tree.map(close, ours, theirs)
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=4)
+    for mask in (scattered, listed):
+        (ours, o), (theirs, ref) = grad(q, k, v, mask, "xla"), grad(q, k, v, mask, "reference")
+        close(o, ref)
+        jax.tree.map(close, ours, theirs)
 
 
 def test_reference_has_second_derivatives():

@@ -9,8 +9,8 @@ from jax import lax
 
 from causal_jax.attention._lsh import lsh_rank
 from causal_jax.hardware import elsewhere, target
-from causal_jax.masks import And, Full, Mask, Not, Prefix
 from causal_jax.masks import Dense as DenseMask
+from causal_jax.masks import Full, Mask, Not, Prefix, parts_of
 from causal_jax.masks.values import field_shape
 from pallas_kernels import lsh_attention as kernels
 
@@ -333,8 +333,3 @@ move_back.defvjp(
     lambda y, slots, rows: (_gather_back(y, slots), rows),
     lambda rows, g: (_gather(g, rows), None, None),
 )
-
-
-def parts_of(mask: Mask) -> tuple[Mask, ...]:
-    """What is and-ed together in a mask."""
-    return mask.parts if isinstance(mask, And) else (mask,)

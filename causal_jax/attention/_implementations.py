@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from causal_jax.errors import InputError
 from causal_jax.hardware import elsewhere, target
-from causal_jax.masks import And, Causal, Full, Mask, Prefix, Window, as_mask
+from causal_jax.masks import Causal, Full, Mask, Prefix, Window, as_mask, parts_of
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.block_sparse import gpu, tpu
 
@@ -163,7 +163,7 @@ def _tokamax_refusal(bias, soft_cap, platform) -> str | None:
 def causal_window(mask: Mask) -> tuple[bool, int | None] | None:
     """(causal, keys before self or None) if the mask is exactly that, else None."""
     causal, left = False, None
-    for part in mask.parts if isinstance(mask, And) else (mask,):
+    for part in parts_of(mask):
         if isinstance(part, Causal) and part.offset == 0:
             causal = True
         elif isinstance(part, Window) and part.right in (0, None):

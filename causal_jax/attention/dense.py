@@ -36,16 +36,14 @@ from causal_jax.attention._implementations import (
     few,
 )
 from causal_jax.attention._scores import few_queries, reference
+from causal_jax.attention._tiles import choose_tiles
 from causal_jax.errors import InputError
 from causal_jax.hardware import target
 from causal_jax.masks import Dense as DenseMask
 from causal_jax.masks import Mask, Prefix, Sinks, Window, as_mask
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
-from pallas_kernels.block_sparse import Schedule, Tiles, block_sparse_attention, gpu, tpu
-
-NARROW = 1024  # keys per query up to which narrow tiles are considered
-SMALL = 2.5  # time per area of tiles of 64 x 128, relative to 512 x 256 (measured 2 to 2.2)
+from pallas_kernels.block_sparse import Tiles, block_sparse_attention, gpu, tpu
 
 
 def dense_attention(
@@ -155,15 +153,7 @@ def _xla(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
             q, k, v, mask, bias=bias, scale=scale, soft_cap=soft_cap, score_mod=score_mod,
             sinks=sinks, q_offset=q_offset,
         )  # fmt: skip
-    tiles = _tiles(T, S).clip(T, S)
-    # Host lists for a static mask (also while tracing), else a program that makes them.
-    live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
-    if on_cpu:
-        schedule = Schedule.build(live.cnt, live.idx, live.kind)
-        if live.is_host and min(T, S) >= tiles.block_q == 2 * tiles.block_k:
-            tiles, schedule = _closest(tiles, schedule, mask, T, S, q_offset)
-    else:
-        schedule = Schedule.joined(live.tiles())
+    tiles, schedule = choose_tiles(mask, T, S, q_offset)
     return block_sparse_attention(
         q, k, v, mask, schedule, scale=scale, bias=bias, soft_cap=soft_cap, score_mod=score_mod,
         sinks=sinks, q_offset=q_offset, tiles=tiles, upcast=on_cpu,
@@ -187,48 +177,6 @@ def _gpu(q, k, v, mask, *, bias, scale, soft_cap, score_mod, sinks, q_offset):
         q, k, v, mask, live.tiles(), scale=scale, soft_cap=soft_cap, sinks=sinks,
         q_offset=q_offset, tiles=tiles, apart=(mask.batch, mask.heads),
     )  # fmt: skip
-
-
-def _closest(
-    tall: Tiles, schedule: Schedule, mask: Mask, T: int, S: int, q_offset: Any
-) -> tuple[Tiles, Schedule]:
-    """The tiles that cover least of what is not allowed, where that is worth it.
-
-    A window of 256 keys covers 768 keys per query in tiles of 512 x 256; 512 in flat ones of
-    256 x 512 that begin at any column; 384 or 320 in narrow ones of 128 x 384 or 64 x 320, one for
-    each tile of queries, whose products are so small that XLA runs them on one core unless they are
-    kept apart. Blocks here and there, such as BigBird's 64 x 64, touch many tall tiles: small ones
-    take SMALL times as long for their area.
-    """
-    best, columns = (tall, schedule), tall.block_k * schedule.count.mean()
-    side = tall.block_k
-    flat = Schedule.spanned(mask.block_map(T, S, side, side, q_offset=q_offset).tiles(), 2)
-    if 1.1 * 2 * side * flat.count.mean() < columns:
-        best = Tiles(side, 2 * side, tall.entries, grain=side), flat
-        columns = 2 * side * flat.count.mean()
-    if columns > NARROW:
-        if 2 * schedule.full.sum() > schedule.count.sum():  # most of it is allowed
-            return best
-        small = Tiles(tall.block_k // 4, tall.block_k // 2, tall.entries)
-        live = mask.block_map(T, S, small.block_q, small.block_k, q_offset=q_offset)
-        if SMALL * small.block_k * live.cnt.mean() < columns:
-            best = small, Schedule.build(live.cnt, live.idx, live.kind)
-        return best
-    for side in (tall.block_k // 2, tall.block_k // 4):
-        grid = mask.block_map(T, S, side, side, q_offset=q_offset).tiles()
-        width = Schedule.span(grid)
-        if 1.1 * side * width > columns:
-            break
-        tiles = Tiles(side, side * width, tall.entries, grain=side, lanes=16)
-        best, columns = (tiles, Schedule.spanned(grid, width)), side * width
-    return best
-
-
-def _tiles(T: int, S: int) -> Tiles:
-    """Measured on two AVX2 cores: tiles that stay in the second-level cache, 2 MB of scores."""
-    if target() == "cpu":
-        return Tiles(256 if max(T, S) <= 1024 else 512, 256, entries=2**19)
-    return Tiles(512, 512)
 
 
 def _vendor(name, q, k, v, mask, bias, scale, soft_cap):

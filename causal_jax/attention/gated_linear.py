@@ -31,7 +31,18 @@ from causal_jax.attention._base import AttentionSpec, Case, attention
 from causal_jax.attention._scores import _finite, _with_bad
 from causal_jax.errors import InputError
 from causal_jax.hardware import elsewhere
-from causal_jax.masks import And, Causal, Documents, Full, Keys, Mask, Not, Prefix, Sinks, as_mask
+from causal_jax.masks import (
+    Causal,
+    Documents,
+    Full,
+    Keys,
+    Mask,
+    Not,
+    Prefix,
+    Sinks,
+    as_mask,
+    parts_of,
+)
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 from pallas_kernels.gated_linear import (
@@ -209,7 +220,7 @@ def causal_parts(
         None where the mask is silent; None: the mask says something else.
     """
     causal, valid, document = False, None, None
-    for part in mask.parts if isinstance(mask, And) else (mask,):
+    for part in parts_of(mask):
         inner = part.part if isinstance(part, Not) else part
         if isinstance(part, Causal) and part.offset == 0:
             causal = True

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 
 from causal_jax.attention._approx_d import approx_d_reference
 from causal_jax.attention._base import AttentionSpec, Case, attention
-from causal_jax.attention._hyper_problem import Inputs, Settings, Where, parts_of, solve
+from causal_jax.attention._hyper_problem import Inputs, Settings, Where, solve
 from causal_jax.attention._lsh import angular_lsh, check_order
 from causal_jax.attention.dense import (
     _check,
@@ -50,7 +50,7 @@ from causal_jax.attention.dense import (
 )
 from causal_jax.attention.merge import merge_attention
 from causal_jax.errors import InputError
-from causal_jax.masks import And, Causal, Chunked, Mask, Prefix, Window, as_mask
+from causal_jax.masks import And, Causal, Chunked, Mask, Prefix, Window, as_mask, parts_of
 from causal_jax.shapes import Array, Bool, Float, Int, Key
 from causal_jax.taps import OFF, Tap
 

@@ -13,7 +13,7 @@ the contract, `primitives.py` and `lookups.py` for the formulas, `recipes.py` fo
 literature.
 """
 
-from causal_jax.masks.algebra import And, Full, HeadSplit, Mask, Not, Or, as_mask
+from causal_jax.masks.algebra import And, Full, HeadSplit, Mask, Not, Or, as_mask, parts_of
 from causal_jax.masks.block_map import BlockMap, split_static
 from causal_jax.masks.draw import draw, draw_png
 from causal_jax.masks.lookups import BlockList, Dense, Documents, FromFn, Keys, Queries, from_fn
@@ -62,6 +62,7 @@ __all__ = [
     "from_fn",
     "longformer",
     "modality_mutual",
+    "parts_of",
     "split_static",
     "streaming",
     "strided_sparse",

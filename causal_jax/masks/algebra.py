@@ -305,6 +305,11 @@ class And(_Combination):
         return self._decide(t, EMPTY, "minimum")
 
 
+def parts_of(mask: Mask) -> tuple[Mask, ...]:
+    """What is and-ed together in a mask."""
+    return mask.parts if isinstance(mask, And) else (mask,)
+
+
 @pytree("parts")
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Or(_Combination):
