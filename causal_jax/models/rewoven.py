@@ -165,7 +165,9 @@ class RewovenModel(nnx.Module):
             h, store, apart, r = nnx.merge(graph, params)._segment(tokens, ids, store, key)
             return store, (h, apart, r)
 
-        store, (h, apart, r) = jax.lax.scan(body, store, (cut(tokens), cut(ids)))
+        # only the store is kept of a segment: writing all its activations down took longer
+        segment = jax.checkpoint(body, prevent_cse=False)
+        store, (h, apart, r) = jax.lax.scan(segment, store, (cut(tokens), cut(ids)))
         whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, T, *a.shape[3:])  # noqa: E731
         return whole(h), store, apart, whole(r)
 

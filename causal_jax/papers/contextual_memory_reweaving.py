@@ -133,7 +133,7 @@ class ContextualMemoryReweaving(Paper):
         }
         base = Decoder(
             vocab=self.task.vocab, layers=self.layers, width=self.width, heads=self.heads,
-            context=self.segment,
+            context=self.segment, scan=False,
         )  # fmt: skip
         reweaving = Reweaving(heads=self.heads, **(kept | places | changes))
         return Rewoven(base=base, reweaving=reweaving)
