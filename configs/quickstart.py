@@ -1,4 +1,4 @@
-"""A small language model of the Python language reference: two CPU cores, under four minutes.
+"""A small language model of the Python language reference: two CPU cores, four to six minutes.
 
     python -m causal_jax.train --config configs/quickstart.py
     python -m causal_jax.train --config configs/quickstart.py:smoke     (seconds: checks the wiring,

@@ -107,7 +107,7 @@ def test_what_is_far_back_comes_through_the_store_only():
 
 
 def test_a_store_that_is_large_enough_holds_every_segments_choice():
-    spec = Reweaving(segment=C, slots=2 * S, capture=2, soft_weight=False)
+    spec = Reweaving(segment=C, slots=2 * S, capture=2)
     params = spec.init(jax.random.key(0), width=D, layers=L)
     h = jax.random.normal(jax.random.key(1), (S, 2, 1, C, D))
     store, chosen = spec.init_store(2, width=D, layers=L), []
@@ -121,6 +121,29 @@ def test_a_store_that_is_large_enough_holds_every_segments_choice():
     for row in range(2):
         kept = {m.tobytes() for m in np.moveaxis(np.asarray(store.mem[row]), 1, 0)}
         assert kept == {np.ascontiguousarray(m).tobytes() for m in np.moveaxis(whole[row], 1, 0)}
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_scores_learn_by_the_soft_weight(soft):
+    """Without the relevance bias nothing else leads to them; the norms must not cancel it."""
+    spec = dataclasses.replace(SPEC.reweaving, relevance_bias=False, soft_weight=soft)
+    params = spec.init(jax.random.key(0), width=D, layers=L)
+    params["at1"]["o"] = jax.random.normal(jax.random.key(1), (D, D))
+    h = jax.random.normal(jax.random.key(2), (2, 2, C, D))
+    store = spec.init_store(2, width=D, layers=L)
+
+    @jax.jit
+    @jax.grad
+    def slope(params):
+        after = spec.captured_into(
+            store, h, spec.score(params, h, store.count), jnp.zeros((2, C), jnp.int32)
+        )
+        z, _ = spec.reconstruct(params, after.mem, after.rel)
+        x = spec.reweave(h[:, 0], params["at1"], z, after.rel, after.valid[:, None])
+        return jnp.square(x).sum()
+
+    steepest = float(jnp.abs(slope(params)["score"]["w"]).max())
+    assert steepest > 1e-2 if soft else steepest == 0
 
 
 def test_first_in_first_out_with_much_recency():

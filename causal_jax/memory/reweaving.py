@@ -3,9 +3,10 @@
 A sequence is read in segments of C tokens; nothing but a store of m slots passes their borders:
 
     score        r_i = w . LN(h_i) + b          h_i: token i's states at n layers, side by side
-    capture      the k highest r_i of a segment, each state times sigmoid(r_i)
+    capture      the states of the k highest r_i of a segment
     evict        of old and new the m slots with the highest r_j - lambda age_j stay
-    reconstruct  Z_1 = LN(mem_1) A_1,  Z_j = LN(mem_j) A_j + GELU(Z_{j-1} U_j) V_j,  Z = LN(Z_n)
+    reconstruct  Z_1 = LN(mem_1) A_1,  Z_j = LN(mem_j) A_j + GELU(Z_{j-1} U_j) V_j,
+                 Z = sigmoid(r) LN(Z_n)
     reweave      x <- x + g * D,  g = sigmoid([LN(x), D] W_g + b_g)
                  D = softmax([LN(x) W_q (Z W_k)^T / sqrt(H) + beta log sigmoid(r), 0]) Z W_v W_o
 
@@ -15,7 +16,8 @@ around it is untouched. `models/rewoven.py` puts it around a decoder, by its tap
 
 This is an instantiation: the paper (arXiv 2502.02046) gives no equation, size or code. Its words
 are kept (capture of latent states by relevance, layered reconstruction, reweaving); the formulas
-are this project's. The choice by top k has no gradient; sigmoid(r) carries it to the scores.
+are this project's. The choice by top k has no gradient; sigmoid(r) carries it to the scores, behind
+the norms, which would cancel it.
 """
 
 import dataclasses
@@ -196,11 +198,8 @@ class Reweaving:
         k, here = self.captured, document == document[:, -1:]
         order = jnp.where(here, jax.lax.stop_gradient(r), -jnp.inf)
         places = jax.lax.top_k(order, k)[1]
-        value = h.astype(jnp.float32)
-        if self.soft_weight:
-            value = value * jax.nn.sigmoid(r)[:, None, :, None]
         take = lambda a: jnp.take_along_axis(a, places, 1)  # noqa: E731
-        new = jnp.take_along_axis(value, places[:, None, :, None], 2)
+        new = jnp.take_along_axis(h.astype(jnp.float32), places[:, None, :, None], 2)
         aside = lambda a, b: jnp.concatenate([a, b], 1)  # noqa: E731
         mem = jnp.concatenate([store.mem, new], 2)
         rel, fresh = aside(store.rel, take(r)), jnp.zeros_like(places)
@@ -214,7 +213,7 @@ class Reweaving:
         return Store(mem, kept(rel), kept(age), kept(valid), kept(ids), store.count + 1)
 
     def reconstruct(
-        self, params: Params, mem: Float[Array, "B n m D"]
+        self, params: Params, mem: Float[Array, "B n m D"], rel: Float[Array, "B m"]
     ) -> tuple[Float[Array, "B m D"], Float[Array, ""]]:
         """Z, and how far its stages are from the deepest states: mean_j |Z_j - mem_n|^2 / D."""
         direct = jnp.einsum("bnmd,nde->bnme", normalised(mem), params["a"])
@@ -227,7 +226,10 @@ class Reweaving:
                 stages.append(stages[-1] + direct[:, j])
         goal = jax.lax.stop_gradient(mem[:, -1])
         apart = sum(jnp.mean(jnp.square(z - goal)) for z in stages) / len(stages)
-        return normalised(stages[-1]), jnp.asarray(apart)
+        z = normalised(stages[-1])
+        if self.soft_weight:
+            z = z * jax.nn.sigmoid(rel)[..., None]
+        return z, jnp.asarray(apart)
 
     def reweave(
         self, x: Float[Array, "B C D"], params: Params, z: Float[Array, "B m D"],

@@ -203,7 +203,7 @@ class RewovenModel(nnx.Module):
     def _edits(self, store: Store, ids: Array):
         """The edits that weave the store in, and the distance of the reconstruction."""
         params, layers = self.weights.tree(), self.base.spec.layers
-        z, apart = self.reweaving.reconstruct(params, store.mem)
+        z, apart = self.reweaving.reconstruct(params, store.mem, store.rel)
         seen = store.valid[:, None] & (store.document[:, None] == ids[..., None])
         places = self.reweaving.reweaves(layers)
         where = [("resid_pre", l) for l in places] or [("resid_post", layers - 1)]

@@ -71,7 +71,7 @@ class ContextualMemoryReweaving(Paper):
     heads: int = 2
     steps: int = 900
     batch: int = 8
-    lr: float = 3e-3
+    lr: float = 1e-3
     language: float = 0.1
     tests: int = 256
     ablations: bool = False
