@@ -16,8 +16,8 @@ are those of this project's specification card; its sizes (segments of 32, 32 ke
 has batches of 8 and 900 steps. That is too little, and no evidence is kept: the card's rate of 3e-3
 stays at chance, at 1e-3 the answers are found slowly. Trained alone (2026-11-28, 16 symbols,
 batches of 32), 2 pairs in 4 segments of 16: with 4 captures of each, nothing evicted and the soft
-weight still cancelled by the norms, recall 0.57 after 1,100 steps; with 2 captures of each, as it is
-now, 0.28 after 3,600, and a third of the pairs captured.
+weight still cancelled by the norms, recall 0.57 after 1,100 steps; with 2 captures of each, as it
+is now, 0.28 after 3,600, and a third of the pairs captured.
 Which tokens are captured is what is learned badly: only captured ones get a gradient (noise on the
 choice did not help).
 """
