@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from causal_jax.attention import attention
+from causal_jax.attention import Dense, attention
 from causal_jax.bench import attention as bench_attention
-from causal_jax.bench import main, mask_names, timing
+from causal_jax.bench import main, mask_names, peers, timing
 from causal_jax.bench.generate import record
 from causal_jax.bench.report import proportionality
 from causal_jax.errors import InputError
@@ -246,6 +246,20 @@ def test_missing_peer_is_reported_with_its_remedy(tmp_path, capsys):
     assert main(words.split()) == 0
     assert 'not installed: pip install "causal_jax[kernels]"' in capsys.readouterr().out
     assert [r["name"] for r in lines(tmp_path)] == ["dense", "tokamax"]
+
+
+@pytest.mark.parametrize("mask", ["causal", "bigbird:64+1"])
+def test_splash_attention_agrees(mask):
+    """The peer of a TPU, here in the interpreter; by itself it refuses another device."""
+    case = bench_attention.make_case(
+        mask_names.parse(mask, 256), (1, 256, 4, 2, 128), "float32", False, 0
+    )
+    with pytest.raises(NotImplementedError, match="needs a TPU"):
+        peers.splash("splash", case)
+    theirs = peers.splash("splash", case, interpret=True)
+    ours = bench_attention.subject_candidate("dense", Dense(), "reference", case)
+    (a,), (b,) = (c.collect(c.call()) for c in (theirs, ours) if c.collect)
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_implementation_that_cannot_serve_is_reported(capsys):

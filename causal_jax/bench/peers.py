@@ -113,6 +113,35 @@ def tokamax(name: str, case: Case) -> Candidate:
     )
 
 
+def splash(name: str, case: Case, *, interpret: bool = False) -> Candidate:
+    """JAX's splash attention, block-sparse with the mask's own tiles left out (TPU)."""
+    if jax.default_backend() != "tpu" and not interpret:
+        raise NotImplementedError("splash attention needs a TPU")
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    n, heads = case.length, case.q.shape[2]
+    if case.mask.name == "causal":
+        mask = lib.CausalMask((n, n))
+    elif case.mask.name == "full":
+        mask = lib.FullMask((n, n))
+    else:
+        refuse_if_too_large(n**2)
+        mask = lib.NumpyMask(case.mask.dense(n)[0, 0].copy())
+    try:
+        kernel: Any = lib.make_splash_mha(
+            lib.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+    except ValueError as e:
+        raise NotImplementedError(str(e).splitlines()[0]) from e
+
+    def attend(q, k, v):
+        q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jnp.moveaxis(jax.vmap(kernel)(q, k, v), 1, 2)
+
+    program = attention_program(attend, case.backward)
+    return jax_candidate(name, program, *case.jax_arrays(), collect=numpy_list)
+
+
 def torch_sdpa(name: str, case: Case) -> Candidate:
     """torch's eager `scaled_dot_product_attention` on [B,N,T,H], its own choice of kernel."""
     torch, (q, k, v, do) = torch_inputs(case)
@@ -171,6 +200,7 @@ PEERS: dict[str, Callable[[str, Case], Candidate]] = {
     "jax": jax_nn,
     "cudnn": jax_cudnn,
     "tokamax": tokamax,
+    "splash": splash,
     "torch": torch_sdpa,
     "flex": torch_flex,
 }
