@@ -7,6 +7,8 @@ mask for every pair: windows and blocks here and there are better served by othe
 
 from typing import Any
 
+import numpy as np
+
 from causal_jax.hardware import target
 from causal_jax.masks import BlockList, Mask, parts_of
 from pallas_kernels.block_sparse import Schedule, Tiles
@@ -18,14 +20,13 @@ SMALL = 2.5  # time per area of tiles of 64 x 64 or 64 x 128, in that of 512 x 2
 def choose_tiles(mask: Mask, T: int, S: int, q_offset: Any) -> tuple[Tiles, Schedule]:
     """The sides of the tiles and the list of those that are live."""
     tiles = _tall(T, S).clip(T, S)
-    # Host lists for a static mask (also while tracing), else a program that makes them.
-    live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     if target() != "cpu":
+        live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
         return tiles, Schedule.joined(live.tiles())
-    tall = tiles, Schedule.build(live.cnt, live.idx, live.kind)
+    tall = _lists(tiles, mask, T, S, q_offset)
     if not min(T, S) >= tiles.block_q == 2 * tiles.block_k:  # short
         return tall
-    if live.is_host:
+    if isinstance(tall[1].count, np.ndarray):  # known on the host
         return _closest(tall, mask, T, S, q_offset)
     if listed := next((p for p in parts_of(mask) if isinstance(p, BlockList)), None):
         # Which blocks is known at run time only, but tiles within them need not ask for pairs.
@@ -47,6 +48,7 @@ def _side(block: int, least: int) -> int:
 
 
 def _lists(tiles: Tiles, mask: Mask, T: int, S: int, q_offset: Any) -> tuple[Tiles, Schedule]:
+    """On the host for a static mask (also while tracing), else a program that makes them."""
     live = mask.block_map(T, S, tiles.block_q, tiles.block_k, q_offset=q_offset)
     return tiles, Schedule.build(live.cnt, live.idx, live.kind)
 

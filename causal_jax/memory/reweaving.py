@@ -72,7 +72,7 @@ class Reweaving:
         recency: lambda; very large: first in, first out.
         hierarchy: False: Z is the sum of LN(mem_j) A_j.
         relevance_bias: False: beta = 0.
-        soft_weight: False: states are kept as they are, and the scores learn nothing from them.
+        soft_weight: False: Z is not weighted by sigmoid(r).
         bptt: segments after which gradients through the store stop; 0: never.
     """
 
