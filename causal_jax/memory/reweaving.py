@@ -17,7 +17,8 @@ around it is untouched. `models/rewoven.py` puts it around a decoder, by its tap
 This is an instantiation: the paper (arXiv 2502.02046) gives no equation, size or code. Its words
 are kept (capture of latent states by relevance, layered reconstruction, reweaving); the formulas
 are this project's. The choice by top k has no gradient; sigmoid(r) carries it to the scores, behind
-the norms, which would cancel it.
+the norms, which would cancel it, from what was captured: train on short segments that are captured
+whole, then on the problem (the parameters fit any `segment`, `slots` and `capture`).
 """
 
 import dataclasses

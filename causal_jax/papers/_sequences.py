@@ -55,11 +55,12 @@ def asked_right(
 
 def train_loss(
     spec: ModelSpec, loss: Callable[..., Array], optimizer: Optimizer, steps: int, seeds: int,
-    **more: Any,
+    *, init: Any = None, **more: Any,
 ) -> tuple[Any, dict[str, np.ndarray]]:  # fmt: skip
-    """One model per seed on a loss (params, key[, constants]); keywords as of `_harness.train`."""
-    options = QUICK if jax.default_backend() == "cpu" else None
-    return _harness.train(fresh(spec), loss, optimizer, steps, seeds, options=options, **more)
+    """One model per seed on a loss (params, key[, constants]), new or from the stacked parameters
+    `init`; other keywords as of `_harness.train`."""
+    options, begin = QUICK if jax.default_backend() == "cpu" else None, init or fresh(spec)
+    return _harness.train(begin, loss, optimizer, steps, seeds, options=options, **more)
 
 
 def train(
