@@ -81,6 +81,8 @@ class Decoder(ModelSpec):
         parallel: attention and feed-forward layer read the same input (GPT-NeoX).
         tied: the output head is the embedding table.
         embed_scale: multiplies the embedding (Gemma: sqrt(width)).
+        embed_std: of the tables as they are drawn; 0.02 is soon rewritten where the rate is high,
+            and little beside what the first layers add.
         logits_soft_cap: c in c tanh(logits / c), or None.
         context: longest sequence the model is meant for.
         dropout: rate on the embedding and on every branch, in training only.
@@ -111,6 +113,7 @@ class Decoder(ModelSpec):
     parallel: bool = False
     tied: bool = True
     embed_scale: float = 1.0
+    embed_std: float = 0.02
     logits_soft_cap: float | None = None
     context: int = 2048
     dropout: float = 0.0
@@ -232,10 +235,9 @@ class DecoderModel(nnx.Module):
         if spec.vocab < 1:
             raise ValueError(f"vocab must be set before a model is built, got {spec.vocab}")
         self.spec = spec
-        self.embed = Embed(spec.vocab, spec.width, rngs=rngs)
-        self.positions = (
-            Embed(spec.context, spec.width, rngs=rngs) if spec.learned_positions else None
-        )
+        table = functools.partial(Embed, std=spec.embed_std, rngs=rngs)
+        self.embed = table(spec.vocab, spec.width)
+        self.positions = table(spec.context, spec.width) if spec.learned_positions else None
         self.stack = Stack(
             spec._block, spec.layer_specs(), scan=spec.scan, remat=spec.remat, rngs=rngs
         )

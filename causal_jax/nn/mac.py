@@ -16,8 +16,9 @@ that are not autoregressive, and refuse to decode.
     decode   state: memory, its weights at the segment's start, keys and values of one segment
 
 Deviation: reading h has its own query projection, convolution and output; positions by rotation of
-tokens only, none on P and h. Documents that begin inside a segment start the memory anew there and
-do not see h of the one before. Titans, arXiv 2501.00663, section 4.1.
+tokens only, none on P and h; W_k begins as W_q and h small. Documents that begin inside a segment
+start the memory anew there and do not see h of the one before. Titans, arXiv 2501.00663, section
+4.1.
 """
 
 import dataclasses
@@ -154,6 +155,7 @@ class MACMixer(Mixer):
         self.attention = PrefixAttention(
             **sizes, kv_heads=kv_heads, rotary=rotary, out_scale=out_scale
         )
+        self._tell_tokens_apart(kv_heads)
         self.combine = Combine(spec.gate, width)
         draw = 0.02 * jax.random.normal(rngs.params(), (spec.persistent, width), jnp.float32)
         self.persistent = nnx.Param(draw)
@@ -210,6 +212,15 @@ class MACMixer(Mixer):
                 old,
             )
         return y, with_layer(cache, layer, new)
+
+    def _tell_tokens_apart(self, kv_heads: int) -> None:
+        """Begin with W_k = W_q, so that a token sees itself first, and with little of h: a mean of
+        all tokens and noise that grows with the memory is nothing to write (MAC learned nothing).
+        """
+        q, o = self.attention.q.kernel[...], self.reader.weights.o.kernel
+        groups = q.reshape(len(q), kv_heads, -1, self.head_dim)
+        self.attention.k.kernel[...] = groups[:, :, 0].reshape(len(q), -1)
+        o[...] = 0.1 * o[...]
 
     # ------------------------------------------------------------ whole segments
 

@@ -20,6 +20,7 @@ from causal_jax.data.tasks.key_value import KeyValue
 from causal_jax.memory import Deep, Delta
 from causal_jax.models.decoder import Decoder
 from causal_jax.models.titans import layer
+from causal_jax.nn.mac import MAC
 from causal_jax.papers import _sequences as sequences
 from causal_jax.paths import map_named
 from causal_jax.training.optimizer import AdamW, Schedule
@@ -84,10 +85,12 @@ class Recall:
         }
 
     def decoder(self, mixer: Any) -> Decoder:
-        """The model around a layer."""
+        """The model around a layer; MAC adds noise to the stream at first, and needs more below."""
+        std = 1.0 if isinstance(mixer, MAC) else 0.2
         return Decoder(
             vocab=self.task().vocab, layers=self.layers, width=self.width, heads=1,
-            attention=(mixer,), context=self.length * max(self.longer),
+            attention=(mixer,), context=self.length * max(self.longer), tied=False,
+            embed_std=std,
         )  # fmt: skip
 
     def train(self, name: str, seeds: int, conditions: tuple[str, ...] = ("LMM",), **say: Any):
@@ -116,7 +119,7 @@ class Recall:
             return {"accuracy": by_length}
 
         params, seen = sequences.train_loss(
-            spec, loss, self.optimizer(), self.steps, seeds * count, paired=count, given=given,
+            spec, loss, self.optimizer(name), self.steps, seeds * count, paired=count, given=given,
             measure=measure, every=max(self.steps // 4, 1), **say,
         )  # fmt: skip
         shape = (seeds, count, *seen["accuracy"].shape[1:])
@@ -126,10 +129,10 @@ class Recall:
             "parameters": spec.param_count(),
         }
 
-    def optimizer(self) -> AdamW:
-        """Cosine to a tenth; no decay."""
+    def optimizer(self, name: str) -> AdamW:
+        """Cosine to a tenth; no decay. A steadier second moment than the usual, but for MAC."""
         schedule = Schedule("cosine", warmup=min(50, self.steps // 4), final=0.1)
-        return AdamW(lr=self.lr, weight_decay=0.0, schedule=schedule)
+        return AdamW(lr=self.lr, b2=0.95 if name == "MAC" else 0.999, weight_decay=0.0, schedule=schedule)
 
     def _rows(self) -> dict[str, jax.Array]:
         """Rows of every length, filled up behind: what stands behind is not seen."""

@@ -45,7 +45,6 @@ from causal_jax.training.optimizer import AdamW, Schedule
 
 APART = "with the reconstruction loss"
 LATEST = 1e6  # recency so large that age alone decides
-EMBED_SCALE = 25.0  # embeddings of 0.5, as large as what attention adds to them
 
 
 @papers.register("contextual_memory_reweaving")
@@ -158,7 +157,7 @@ class ContextualMemoryReweaving(Paper):
         }
         base = Decoder(
             vocab=self.task.vocab, layers=self.layers, width=self.width, heads=self.heads,
-            attention=(Dense(window=1),), embed_scale=EMBED_SCALE, tied=False,
+            attention=(Dense(window=1),), embed_std=0.5, tied=False,
             context=self.segment, scan=False,
         )  # fmt: skip
         reweaving = Reweaving(heads=self.heads, **(kept | places | changes))
