@@ -207,6 +207,18 @@ def test_a_long_document_is_read_window_after_window(name):
     assert 1e-5 < apart < 10.0
 
 
+def test_mac_begins_by_telling_tokens_apart():
+    """Grouped keys begin as the first queries of their group, what is read as h at a tenth."""
+    spec = Decoder(vocab=11, layers=1, width=16, heads=4, kv_heads=2, attention=(MAC(segment=4),))
+    mixer = spec.build(jax.random.key(0)).stack.blocks[0][0].attention
+    read = lambda x: np.asarray(x[...]).reshape(16, -1)  # noqa: E731
+    q, k = read(mixer.attention.q.kernel).reshape(16, 2, 2, 4), read(mixer.attention.k.kernel)
+    np.testing.assert_array_equal(k.reshape(16, 2, 4), q[:, :, 0])
+    assert np.abs(q[:, :, 0] - q[:, :, 1]).max() > 0.1
+    h, m = (read(part.weights.o.kernel).std() for part in (mixer.reader, mixer.memory))
+    assert 0.05 < h / m < 0.2
+
+
 def test_the_sizes_are_what_they_are_called():
     for kind in ("lmm", "mac", "mag", "mal"):
         for size in ("170m", "340m", "400m", "760m"):
