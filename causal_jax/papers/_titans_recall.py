@@ -35,8 +35,8 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "DeltaNet": ("eta", "alpha"),
 }
 _SHUT = -30.0
-# what multiplies attention by memory adds noise to the stream at first: larger embeddings, and a
-# second moment that forgets; both were found by trying, as were those of the others
+# what multiplies attention by memory adds noise to the stream at first: larger embeddings (and a
+# second moment that forgets, which was found by trying)
 NOISY = MAC | MAG
 
 
