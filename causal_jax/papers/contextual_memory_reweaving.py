@@ -21,6 +21,11 @@ them): what is left is to rule out answers already given, and neither this nor a
 of two layers left that plateau within 1,500 steps. And the choice by top k learns only from what it
 lets in, so the training begins on short segments of which everything is captured; without them
 recall stays at chance.
+
+What came out, three seeds (14 minutes of one core, 2026-12-01): recall is flat over the distances,
+on average 0.74, 0.86 and 0.93, and is what was captured (0.72, 0.87, 0.91). The worst distance of
+the worst seed has 0.69 (>= 0.9). Random captures and, beyond four segments, the latest states give
+chance. Twice the early steps or three times `sparse` moved the worst seed to 0.71 to 0.73.
 """
 
 import dataclasses
