@@ -25,7 +25,7 @@ recall stays at chance.
 What came out, three seeds (14 minutes of one core, 2026-12-01): recall is flat over the distances,
 on average 0.74, 0.86 and 0.93, and is what was captured (0.72, 0.87, 0.91). The worst distance of
 the worst seed has 0.69 (>= 0.9). Random captures and, beyond four segments, the latest states give
-chance. Twice the early steps or three times `sparse` moved the worst seed to 0.71 to 0.73.
+chance. With twice the early steps, three times `sparse` or both, the worst is 0.71 to 0.72.
 """
 
 import dataclasses
