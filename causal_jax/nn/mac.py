@@ -22,7 +22,7 @@ start the memory anew there and do not see h of the one before. Titans, arXiv 25
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -217,10 +217,10 @@ class MACMixer(Mixer):
         """Begin with W_k = W_q, so that a token sees itself first, and with little of h: a mean of
         all tokens and noise that grows with the memory is nothing to write (MAC learned nothing).
         """
-        q, o = self.attention.q.kernel[...], self.reader.weights.o.kernel
+        q, reader = self.attention.q.kernel[...], cast(Any, self.reader.weights)
         groups = q.reshape(len(q), kv_heads, -1, self.head_dim)
         self.attention.k.kernel[...] = groups[:, :, 0].reshape(len(q), -1)
-        o[...] = 0.1 * o[...]
+        reader.o.kernel[...] = 0.1 * reader.o.kernel[...]
 
     # ------------------------------------------------------------ whole segments
 
