@@ -43,8 +43,8 @@ def init(spec, key, width: int, heads: int, head_dim: int) -> dict[str, Any]:
         for n, b in gates.items()
     }
     if spec.conv:
-        near = lambda taps: taps.at[-1].add(1.0)  # a token begins as mostly itself  # noqa: E731
-        params["conv"] = {n: near(normal(spec.conv, inner, 0.15)) for n in ("q", "k", "v")}
+        taps = {n: normal(spec.conv, inner, 0.15) for n in ("q", "k", "v")}
+        params["conv"] = {n: w.at[-1].add(1.0) for n, w in taps.items()}  # near the token itself
     params["memory"] = spec.network.init(jax.random.fold_in(key, 1), heads, head_dim)
     return params
 
