@@ -24,9 +24,10 @@ lets in, so the training begins on short segments of which everything is capture
 recall stays at chance.
 
 What came out, three seeds (14 minutes of one core, 2026-12-01): recall is flat over the distances,
-by seed 0.74, 0.86 and 0.93 in the mean, and is what was captured (0.72, 0.87, 0.91). The worst distance of
-the worst seed has 0.69 (>= 0.9). Random captures and, beyond four segments, the latest states give
-chance. With twice the early steps, three times `sparse` or both, the worst is 0.71 to 0.72.
+by seed 0.74, 0.86 and 0.93 in the mean, and is what was captured (0.72, 0.87, 0.91). The worst
+distance of the worst seed has 0.69 (>= 0.9). Random captures and, beyond four segments, the latest
+states give chance. With twice the early steps, three times `sparse` or both, the worst is 0.71 to
+0.72.
 """
 
 import dataclasses
